@@ -1,0 +1,30 @@
+"""Buffers that a worker uses again for every chunk: fresh ones would cost page faults (docs/performance.md)."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Scratch:
+    """Named buffers of one worker. Not shared between threads."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, str], torch.Tensor] = {}
+
+    def take(
+        self, name: str, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: str | torch.device = "cpu"
+    ) -> torch.Tensor:
+        """A contiguous tensor of undefined content, valid until the same name is taken again."""
+        numel = 1
+        for extent in shape:
+            numel *= extent
+        key = (name, dtype, str(device))
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < numel:
+            buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+        return buffer[:numel].view(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(b.numel() * b.element_size() for b in self._buffers.values())

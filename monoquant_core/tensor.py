@@ -1,0 +1,171 @@
+"""Quantized tensors: an Encoding together with its data."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from monoquant_core.encoding import FULL, ElementType, Encoding, Param, param_shape
+from monoquant_core.errors import EncodingError
+
+CODE_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedTensor:
+    """Codes, one per element and never packed, with the parameters that decode them.
+
+    :raises EncodingError: when data and encoding do not belong together.
+    """
+
+    encoding: Encoding
+    codes: torch.Tensor  #: integer, of the tensor's own shape
+    scale: ParamValue  #: ``param_shape(shape, block)``: floats, codes of an ElementType, or a tensor of its own
+    zero_point: ParamValue | None = None
+    offset: ParamValue | None = None
+
+    def __post_init__(self) -> None:
+        expected = param_shape(tuple(self.codes.shape), self.encoding.block)
+        if self.codes.dtype not in CODE_DTYPES:
+            raise EncodingError(f"codes must be an integer tensor, got {self.codes.dtype}")
+        for label in ("scale", "zero_point", "offset"):
+            value, spec = getattr(self, label), getattr(self.encoding, label)
+            if (value is None) != (spec is None):
+                raise EncodingError(f"{label}: data and encoding disagree on whether there is one")
+            if value is not None:
+                _check_param(label, value, spec, expected)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor that is encoded."""
+        return tuple(self.codes.shape)
+
+    def params(self) -> dict[str, ParamValue]:
+        """The parameters that exist, by name."""
+        values = {"scale": self.scale, "zero_point": self.zero_point, "offset": self.offset}
+        return {label: value for label, value in values.items() if value is not None}
+
+    def dequantize(self) -> torch.Tensor:
+        """The float32 tensor these codes stand for: ``scale * (decode(code) - zero_point) + offset``, in that order."""
+        enc, shape, block = self.encoding, self.shape, self.encoding.block
+        if len(block) != len(shape):
+            flat = self.codes.reshape(-1) if len(block) == 1 else self.codes.flatten(1)
+            flattened = QuantizedTensor(enc, flat, self.scale, self.zero_point, self.offset)
+            return flattened.dequantize().reshape(shape)
+        grid = param_shape(shape, block)
+        values = decode(self.codes, enc.element)
+        if self.zero_point is not None and enc.zero_point is not None:
+            values = _blockwise(torch.sub, values, param_values(self.zero_point, enc.zero_point).reshape(grid), block)
+        values = _blockwise(torch.mul, values, param_values(self.scale, enc.scale).reshape(grid), block)
+        if self.offset is not None and enc.offset is not None:
+            values = _blockwise(torch.add, values, param_values(self.offset, enc.offset).reshape(grid), block)
+        return values
+
+    def equal(self, other: QuantizedTensor) -> bool:
+        """Whether encoding, codes and every parameter are the same, bit for bit."""
+        return (
+            self.encoding == other.encoding
+            and same_bits(self.codes, other.codes)
+            and all(_same_param(value, other.params().get(label)) for label, value in self.params().items())
+        )
+
+    def to(self, device: str | torch.device) -> QuantizedTensor:
+        """The same on another device."""
+        moved = {label: value.to(device) for label, value in self.params().items()}
+        return QuantizedTensor(self.encoding, self.codes.to(device), **moved)
+
+    def clone(self) -> QuantizedTensor:
+        """A copy that shares no memory, such as with a worker's scratch buffers."""
+        copied = {label: value.clone() for label, value in self.params().items()}
+        return QuantizedTensor(self.encoding, self.codes.clone(), **copied)
+
+
+ParamValue: TypeAlias = "torch.Tensor | QuantizedTensor"
+
+
+def decode(codes: torch.Tensor, element: ElementType) -> torch.Tensor:
+    """float32 values of codes, scale and zero point aside."""
+    if element.table is None:
+        return codes.to(torch.float32)
+    return torch.take(_table(element, str(codes.device)), codes.to(torch.int64))
+
+
+def expand(param: torch.Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> torch.Tensor:
+    """Repeat a per-block parameter over the elements of its blocks."""
+    for axis, (n, b) in enumerate(zip(shape, block, strict=True)):
+        if b == FULL or param.shape[axis] == 1:
+            param = param.expand(*param.shape[:axis], n, *param.shape[axis + 1 :])
+        elif b > 1:
+            param = param.repeat_interleave(b, dim=axis).narrow(axis, 0, n)
+    return param
+
+
+def param_values(value: ParamValue, spec: Param) -> torch.Tensor:
+    """float32 values of a parameter, of whatever kind it is."""
+    if isinstance(value, QuantizedTensor):
+        return value.dequantize()
+    return decode(value, spec) if isinstance(spec, ElementType) else value.to(torch.float32)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bits: unlike ``torch.equal`` it tells -0.0 from 0.0 and equates NaN with itself."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if not a.dtype.is_floating_point and not a.dtype.is_complex:
+        return torch.equal(a, b)
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch's dtype of that name."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise EncodingError(f"torch {torch.__version__} has no dtype {name!r}")
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Inverse of :func:`dtype_of`."""
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.lru_cache(maxsize=64)
+def _table(element: ElementType, device: str) -> torch.Tensor:
+    return torch.tensor(element.table, dtype=torch.float32, device=device)
+
+
+def _blockwise(op, values: torch.Tensor, param: torch.Tensor, block: tuple[int, ...]) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """``op(values, expanded param)`` in place on fresh values, without expanding where a view will do."""
+    *outer, n = values.shape
+    size = block[-1]
+    if size not in (1, FULL) and size < n and n % size == 0 and all(b == 1 for b in block[:-1]):
+        op(values.view(*outer, n // size, size), param.unsqueeze(-1), out=values.view(*outer, n // size, size))
+        return values
+    return op(values, expand(param, tuple(values.shape), block), out=values)
+
+
+def _check_param(label: str, value: ParamValue, spec: Param, expected: tuple[int, ...]) -> None:
+    if isinstance(value, QuantizedTensor) != isinstance(spec, Encoding):
+        raise EncodingError(f"{label}: data and encoding disagree on nesting")
+    if isinstance(value, QuantizedTensor):
+        if value.encoding != spec:
+            raise EncodingError(f"{label}: encoded as {value.encoding}, declared {spec}")
+        if math.prod(value.shape) != math.prod(expected):
+            raise EncodingError(f"{label}: {value.shape} does not hold {expected}")
+        return
+    if tuple(value.shape) != expected:
+        raise EncodingError(f"{label}: expected shape {expected}, got {tuple(value.shape)}")
+    if isinstance(spec, ElementType) and value.dtype not in CODE_DTYPES:
+        raise EncodingError(f"{label}: codes of {spec.name} must be integers, got {value.dtype}")
+    if isinstance(spec, str) and dtype_name(value.dtype) != spec:
+        raise EncodingError(f"{label}: declared {spec}, got {dtype_name(value.dtype)}")
+
+
+def _same_param(a: ParamValue, b: ParamValue | None) -> bool:
+    if isinstance(a, QuantizedTensor):
+        return isinstance(b, QuantizedTensor) and a.equal(b)
+    return isinstance(b, torch.Tensor) and same_bits(a, b)

@@ -1,0 +1,1 @@
+"""Float quantization schemes for monoquant: fp8 and casts."""

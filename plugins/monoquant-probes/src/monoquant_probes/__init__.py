@@ -1,0 +1,1 @@
+"""Hardware and runtime probes for monoquant."""

@@ -1,0 +1,1 @@
+"""The compressed-tensors and generic safetensors formats for monoquant."""

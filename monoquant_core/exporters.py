@@ -141,6 +141,7 @@ class FileLayout:
     info: ModelInfo
     destination: str = ""  #: name of the file or folder to be written, without its path
     plan_hash: str = ""  #: identifies the plan's content, for names that must not collide
+    ties: Mapping[str, str] = field(default_factory=dict)  #: source name that is not written -> the name it shares storage with
 
 
 @dataclass(frozen=True, slots=True)

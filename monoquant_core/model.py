@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from monoquant_core.encoding import FLOAT_BITS, Encoding
+from monoquant_core.encoding import FLOAT_BITS, ActivationQuant, Encoding
 from monoquant_core.errors import EncodingError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: str  #: torch's name; for a quantized tensor, what it dequantizes to
     encoding: Encoding | None = None  #: already quantized in the file
+    activation: ActivationQuant | None = None  #: how the file says the layer's input is quantized at run time
     kind: str = ""  #: "linear", "conv", "conv_transpose", "embedding", "norm", ... (kinds.py); "" is unknown
     module: str = ""  #: class name of the module that owns it, where there is one: "Conv2d"
     tied_to: str | None = None  #: first name of the same storage

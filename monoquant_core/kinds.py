@@ -1,0 +1,151 @@
+"""What kind of tensor a name, a shape and a module class say it is, and which tensors belong together.
+
+Imports no torch. The tables below are the place to teach monoquant a new naming convention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from monoquant_core.model import ModelInfo, TensorSpec
+
+#: kinds that the default recipe keeps, with the reason it gives
+KEPT_KINDS = {
+    "norm": "normalization: tiny, and sensitive to rounding",
+    "bias": "bias: tiny, and added at full precision",
+    "vector": "a vector or scalar: tiny",
+    "embedding": "embedding: looked up, not multiplied",
+    "position": "positional: tiny, and sensitive to rounding",
+    "router": "router: decides which expert runs",
+    "head": "output head: its errors go straight into the result",
+    "state": "state-space parameter or buffer: enters exponentials or masks",
+}
+
+#: kinds that hold the bulk of the weights
+WEIGHT_KINDS = ("linear", "linear_transposed", "conv", "conv_transpose", "recurrent", "experts", "")
+
+_MODULE_KINDS = (  # class name -> kind; the first that matches
+    (re.compile(r"Embedding(Bag)?$"), "embedding"),
+    (re.compile(r"Norm(\d?d)?$|Norm2d|BatchNorm"), "norm"),
+    (re.compile(r"ConvTranspose\dd$"), "conv_transpose"),
+    (re.compile(r"Conv[123]d$"), "conv"),
+    (re.compile(r"^Conv1D$"), "linear_transposed"),  # GPT-2 stores [in, out]
+    (re.compile(r"^(LSTM|GRU|RNN)(Cell)?$"), "recurrent"),
+    (re.compile(r"Linear$|^MultiheadAttention$"), "linear"),
+)
+
+_EMBEDDINGS = re.compile(
+    r"^(tok|word|token|token_type|char|segment|codebook)?_?(embed|embedding|embeddings|emb|embs|embedder)"
+    r"(_?(tokens|in|table|weight))*(_per_layer)?$|^(wte|shared|tok_embeddings|cls_token|mask_token|word_embed_proj)$"
+)
+_POSITIONS = re.compile(
+    r"(^|[._])(pos|position|positions|positional|wpe|rotary|rope|inv_freq|rel_pos)([._]|$)|relative_attention|pos_?emb|position_embedding|relative_position"
+)
+_NORMS = re.compile(
+    r"(^|_)(norm|norms|layernorm|layer_norm|ln|bn|batchnorm|groupnorm|rmsnorm)(\d*|_f|_\w)$|norm\d*$|^ln_", re.I
+)
+_ROUTERS = re.compile(r"^(gate|router|shared_expert_gate|wg)$")
+_STATE = re.compile(r"^(A_log|A|D|dt_bias|causal_mask|attn_mask|masked_bias|running_mean|running_var|position_ids)$")
+_HEADS = re.compile(
+    r"^(lm_head|embed_out|output_projection|classifier|score|qa_outputs|logits|head|heads|decoder_head|seq_relationship)$"
+)
+_WEAK_HEADS = re.compile(
+    r"^((model|module|net)\.)?(fc|linear|output|out|out_proj|proj_out)\.weight$"
+)  # only as the last of several
+_TRANSPOSED = re.compile(r"conv_?trans|trans(posed?)?_?conv|deconv|up_?conv(?!\w*block)", re.I)
+
+_FUSED = (  # runtimes join these into one matrix: all members get one scheme
+    (re.compile(r"^(.*\.experts)\.\d+\.(gate_proj|up_proj|w1|w3)\.weight$"), "gate_up"),
+    (re.compile(r"^(.*\.experts)\.\d+\.(down_proj|w2)\.weight$"), "down"),
+    (re.compile(r"^(.*)\.(q_proj|k_proj|v_proj)\.weight$"), "qkv"),
+    (re.compile(r"^(.*)\.(query|key|value)\.weight$"), "qkv"),
+    (re.compile(r"^(.*)\.(gate_proj|up_proj)\.weight$"), "gate_up"),
+)
+
+_TIED_INPUTS = re.compile(r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings|shared|embed_in)\.weight$")
+
+
+def annotate(specs: Sequence[TensorSpec], info: ModelInfo) -> list[TensorSpec]:
+    """Fill in ``kind``, ``fuse`` and the ties that the config declares, where the source did not.
+
+    The module's class decides the kind where it is known; else the name and the rank do.
+    """
+    result = [dataclasses.replace(s, kind=s.kind or kind_of(s, info), fuse=s.fuse or fuse_group(s)) for s in specs]
+    return _tie_by_config(_weak_head(result), info)
+
+
+def kind_of(spec: TensorSpec, info: ModelInfo | None = None) -> str:
+    """The kind of one tensor; "" when nothing tells."""
+    *path, leaf = spec.name.split(".")
+    owner = path[-1] if path else leaf
+    if leaf == "bias" or leaf.endswith(("_bias", ".bias")) or leaf.startswith("bias_"):
+        return "bias"
+    if _STATE.match(leaf):
+        return "state"
+    if any(_HEADS.match(part) for part in path[-2:]) and len(spec.shape) >= 2 and "Norm" not in spec.module:
+        return "head"
+    kind = next((kind for pattern, kind in _MODULE_KINDS if pattern.search(spec.module)), "")
+    if kind == "embedding" and _POSITIONS.search(spec.name):
+        return "position"
+    if kind in ("linear", "") and _ROUTERS.match(owner) and len(spec.shape) == 2:
+        return "router"
+    if kind:
+        return kind if len(spec.shape) >= 2 or kind == "norm" else "vector"
+    return _kind_by_name(spec, owner, leaf, info)
+
+
+def fuse_group(spec: TensorSpec) -> str | None:
+    """The name of the group of tensors that a runtime joins with this one."""
+    if len(spec.shape) != 2:
+        return None
+    for pattern, label in _FUSED:
+        if found := pattern.match(spec.name):
+            return f"{found.group(1)}.{label}"
+    return None
+
+
+def _kind_by_name(spec: TensorSpec, owner: str, leaf: str, info: ModelInfo | None) -> str:
+    rank = len(spec.shape)
+    if _NORMS.search(owner) and rank <= 2:
+        return "norm"
+    if _POSITIONS.search(spec.name):
+        return "position"
+    if rank < 2:
+        return "vector"
+    if _EMBEDDINGS.match(owner) and (rank == 2 or spec.shape[0] == 1):
+        return "embedding"
+    if "expert" in spec.name and rank == 3:
+        return "experts"
+    if rank in (3, 4, 5):
+        return "conv_transpose" if _TRANSPOSED.search(spec.name) else "conv"
+    if leaf.startswith(("weight_ih", "weight_hh")):
+        return "recurrent"
+    if info is not None and info.model_type == "gpt2" and owner in ("c_attn", "c_proj", "c_fc"):
+        return "linear_transposed"
+    return "linear" if rank == 2 else ""
+
+
+def _weak_head(specs: list[TensorSpec]) -> list[TensorSpec]:
+    """A last layer called ``fc`` or ``linear`` is the head of a classifier, if there are other layers before it."""
+    weights = [i for i, s in enumerate(specs) if s.kind in WEIGHT_KINDS and len(s.shape) >= 2 and s.is_float]
+    if len(weights) > 1 and not any(s.kind == "head" for s in specs):
+        last = weights[-1]
+        if _WEAK_HEADS.match(specs[last].name):
+            specs[last] = dataclasses.replace(specs[last], kind="head")
+    return specs
+
+
+def _tie_by_config(specs: list[TensorSpec], info: ModelInfo) -> list[TensorSpec]:
+    if not (info.config or {}).get("tie_word_embeddings"):
+        return specs
+    embedding = next((s for s in specs if _TIED_INPUTS.search(s.name) and s.tied_to is None), None)
+    if embedding is None:
+        return specs
+    return [
+        dataclasses.replace(s, tied_to=embedding.name)
+        if s.tied_to is None and re.search(r"(^|\.)lm_head\.weight$", s.name) and s.shape == embedding.shape
+        else s
+        for s in specs
+    ]

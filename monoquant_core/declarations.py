@@ -27,8 +27,11 @@ class Declaration:
     options: type = NoOptions  #: frozen dataclass of ``option(...)`` fields
 
     def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.name):
-            raise PluginError(self.name, "a declared name is made of letters, digits, '_', '.' and '-'")
+        for name in (self.name, *getattr(self, "aliases", ())):
+            if not isinstance(name, str) or not NAME.fullmatch(name):
+                raise PluginError(
+                    str(self.name), f"a declared name is made of letters, digits, '_', '.' and '-', got {name!r}"
+                )
 
     def load(self) -> Any:
         """Import the implementation.
@@ -38,7 +41,7 @@ class Declaration:
         module, _, attribute = self.target.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
-        except Exception as exc:  # noqa: BLE001 - a plugin may fail in any way while importing
+        except (Exception, SystemExit) as exc:  # a plugin may fail in any way while importing
             raise PluginError(self.name, f"{self.target} cannot be imported: {exc!r}") from exc
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,10 @@ FULL = -1  #: block extent meaning "the whole axis"
 IR_VERSION = 1  #: version of ``Encoding.to_dict``; raised when an older reader would misread it
 
 FLOAT_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
+
+MAX_DEPTH = 8  #: how deep parameters may nest; the formats that exist need two levels
+
+_INTEGER_NAME = re.compile(r"(u?)int([1-9][0-9]?)")
 
 _interned: dict[str, tuple[object, ...]] = {}
 
@@ -37,17 +42,27 @@ class ElementType:
     table: tuple[float, ...] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 16:
+        if not isinstance(self.name, str) or not self.name:
+            raise EncodingError(f"an element type has a name, got {self.name!r}")
+        if type(self.bits) is not int or not 1 <= self.bits <= 16:
             raise EncodingError(f"{self.name}: bits must be in 1..16, got {self.bits}")
         if self.kind not in ("int", "float", "codebook"):
             raise EncodingError(f"{self.name}: kind must be int, float or codebook, got {self.kind!r}")
+        if not isinstance(self.signed, bool):
+            raise EncodingError(f"{self.name}: signed must be True or False, got {self.signed!r}")
         if (self.table is None) != (self.kind == "int"):
             raise EncodingError(f"{self.name}: exactly the non-integer kinds have a table")
-        if self.table is not None and not 1 <= len(self.table) <= 1 << self.bits:
-            raise EncodingError(f"{self.name}: {len(self.table)} values do not fit {self.bits} bits")
-        # The table is compared bit by bit: NaN differs from itself, and -0.0 equals 0.0.
-        table = None if self.table is None else struct.pack(f"<{len(self.table)}d", *self.table)
-        meaning = (self.bits, self.kind, self.signed, table)
+        # A file may bring a name before anything here has used it: "int3" must never come to mean something else.
+        if spelled := _INTEGER_NAME.fullmatch(self.name):
+            wanted = (int(spelled[2]), "int", not spelled[1])
+            if (self.bits, self.kind, self.signed) != wanted:
+                raise EncodingError(f"{self.name}: the name of an integer of {wanted[0]} bits, here of another type")
+        if self.table is not None:
+            if not isinstance(self.table, tuple) or any(type(v) not in (int, float) for v in self.table):
+                raise EncodingError(f"{self.name}: the table must be a tuple of numbers")
+            if not 1 <= len(self.table) <= 1 << self.bits:
+                raise EncodingError(f"{self.name}: {len(self.table)} values do not fit {self.bits} bits")
+        meaning = (self.bits, self.kind, self.signed, self.table and _table_bits(self.name, self.table))
         if _interned.setdefault(self.name, meaning) != meaning:
             raise EncodingError(f"element type {self.name!r} already means something else in this process")
 
@@ -79,10 +94,22 @@ class ElementType:
             raise EncodingError(f"element type: name, bits and signed expected, got {dict(data)!r}")
         if table is None:
             return cls(name, bits, data.get("kind", "int"), signed)
-        try:
-            return cls(name, bits, data.get("kind", "codebook"), signed, tuple(float(v) for v in table))
-        except (TypeError, ValueError):
-            raise EncodingError(f"element type {name!r}: the table must be a list of numbers") from None
+        if not isinstance(table, list) or len(table) > 1 << 16:
+            raise EncodingError(f"element type {name!r}: the table must be a list of numbers")
+        values: tuple[Any, ...] = tuple(_SPECIAL.get(v, v) if isinstance(v, str) else v for v in table)
+        return cls(name, bits, data.get("kind", "codebook"), signed, values)
+
+
+#: how JSON, which has no word for them, spells the values that are not finite
+_SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def _table_bits(name: str, table: tuple[float, ...]) -> bytes:
+    """What a table is compared by: -0.0 differs from 0.0, and every NaN is the same one."""
+    try:
+        return struct.pack(f"<{len(table)}d", *(math.nan if math.isnan(v) else v for v in table))
+    except OverflowError:
+        raise EncodingError(f"{name}: a value of the table does not fit a float") from None
 
 
 def integer(bits: int, *, signed: bool = True) -> ElementType:
@@ -120,7 +147,7 @@ FLOAT6_E3M2FN = minifloat("float6_e3m2fn", 3, 2, nan="none")
 FLOAT6_E2M3FN = minifloat("float6_e2m3fn", 2, 3, nan="none")
 FLOAT4_E2M1FN = minifloat("float4_e2m1fn", 2, 1, nan="none")
 FLOAT8_E8M0FNU = ElementType(
-    "float8_e8m0fnu", 8, "float", signed=False, table=tuple(math.ldexp(1, c - 127) for c in range(255)) + (math.nan,)
+    "float8_e8m0fnu", 8, "float", signed=False, table=(*(math.ldexp(1, c - 127) for c in range(255)), math.nan)
 )
 
 
@@ -136,7 +163,9 @@ class Encoding:
     """
 
     element: ElementType
-    block: tuple[int, ...]  #: extent per axis; ``FULL`` is the whole axis; rank 1 flattens, rank 2 flattens all but axis 0
+    block: tuple[
+        int, ...
+    ]  #: extent per axis; ``FULL`` is the whole axis; rank 1 flattens, rank 2 flattens all but axis 0
     scale: Param
     zero_point: Param | None = None
     offset: Param | None = None
@@ -159,9 +188,13 @@ class Encoding:
         if self.zero_point is not None and self.element.kind != "int":
             raise EncodingError(f"{self.element.name}: only integer elements take a zero_point")
         if self.clip is not None:
-            (low, high), (smallest, largest) = self.clip, self.element.code_range
-            if not smallest <= low < high <= largest:
+            smallest, largest = self.element.code_range
+            if not isinstance(self.clip, tuple) or [type(c) for c in self.clip] != [int, int]:
+                raise EncodingError(f"clip: two integers expected, got {self.clip!r}")
+            if not smallest <= self.clip[0] < self.clip[1] <= largest:
                 raise EncodingError(f"clip {self.clip} is not inside {(smallest, largest)} of {self.element.name}")
+        if _depth(self) > MAX_DEPTH:
+            raise EncodingError(f"encoding: nested more than {MAX_DEPTH} deep")
 
     def __str__(self) -> str:
         block = "x".join("*" if b == FULL else str(b) for b in self.block)
@@ -214,10 +247,10 @@ class Encoding:
     def from_dict(cls, data: Mapping[str, Any], *, depth: int = 0) -> Encoding:
         """Inverse of :meth:`to_dict`.
 
-        :raises EncodingError: for anything that ``to_dict`` does not write, nesting deeper than 8 included.
+        :raises EncodingError: for anything that ``to_dict`` does not write, deeper nesting than ``MAX_DEPTH`` included.
         """
-        if depth > 8:
-            raise EncodingError("encoding: nested more than 8 deep")
+        if depth >= MAX_DEPTH:  # before descending: a file must not be able to exhaust the stack
+            raise EncodingError(f"encoding: nested more than {MAX_DEPTH} deep")
         if not isinstance(data, Mapping):
             raise EncodingError(f"encoding: expected an object, got {data!r}")
         _only_keys(data, {"element", "block", "scale", "zero_point", "offset", "clip"}, "encoding")
@@ -324,6 +357,10 @@ def per_row(ndim: int) -> tuple[int, ...]:
 def per_group(ndim: int, size: int) -> tuple[int, ...]:
     """Blocks of ``size`` along the last axis."""
     return (1,) * (ndim - 1) + (size,)
+
+
+def _depth(encoding: Encoding) -> int:
+    return 1 + max((_depth(p) for _, p in encoding.params() if isinstance(p, Encoding)), default=0)
 
 
 def _show(param: Param) -> str:

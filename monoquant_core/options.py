@@ -41,9 +41,14 @@ def option(default: Any, help: str, *, choices: tuple[Any, ...] | None = None, m
 def option_infos(options: type) -> list[OptionInfo]:
     """The declared options of a frozen dataclass, in order.
 
-    :raises OptionError: for a field that was not made with :func:`option`, or whose type is not a scalar.
+    :raises OptionError: for anything but a dataclass of fields made with :func:`option`, whose types are scalars.
     """
-    hints = get_type_hints(options)
+    if not isinstance(options, type) or not dataclasses.is_dataclass(options):
+        raise OptionError(f"{options!r}: options are declared in a frozen dataclass")
+    try:
+        hints = get_type_hints(options)
+    except NameError as exc:
+        raise OptionError(f"{options.__name__}: {exc}") from None
     infos = []
     for f in dataclasses.fields(options):
         if "help" not in f.metadata:
@@ -67,7 +72,7 @@ def build(options: type[T], values: Mapping[str, Any], *, owner: str) -> T:
             hint = f"did you mean {close[0]!r}?" if close else f"it takes: {', '.join(infos) or 'no options'}"
             raise OptionError(f"{owner} has no option {name!r}", hint=hint)
         info = infos[name]
-        if type(value) is not info.type and not (info.type is float and type(value) is int):
+        if type(value) not in ((float, int) if info.type is float else (info.type,)):
             raise OptionError(f"{owner}: {name} wants {info.type.__name__}, got {value!r}")
         if info.choices is not None and value not in info.choices:
             raise OptionError(f"{owner}: {name} is one of {', '.join(map(str, info.choices))}, got {value!r}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, metadata
 from typing import Any, TypeVar
@@ -22,7 +23,8 @@ from monoquant_core.declarations import (
     SchemeDeclaration,
     SourceDeclaration,
 )
-from monoquant_core.errors import PluginError, UnknownNameError
+from monoquant_core.errors import MonoquantError, PluginError, UnknownNameError
+from monoquant_core.options import option_infos
 
 D = TypeVar("D", bound=Declaration)
 
@@ -36,6 +38,12 @@ TABLES: dict[str, tuple[type[Declaration], str, str]] = {
     "monoquant_register_exporters": (ExporterDeclaration, "format", "exporters"),
     "monoquant_register_runtimes": (RuntimeDeclaration, "runtime", "runtimes"),
 }
+
+#: ``--scheme NAME`` looks in both tables, so that a recipe may stand before a scheme of its own plugin, never another's
+SHARED_NAMES = dict.fromkeys(
+    ("monoquant_register_schemes", "monoquant_register_recipes"),
+    ("monoquant_register_schemes", "monoquant_register_recipes"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,35 +144,27 @@ def load_registry(extra: tuple[object, ...] = (), *, found: Iterable[EntryPoint]
     """
     registry = Registry()
     registry.manager.add_hookspecs(hookspecs)
-    disabled = set(filter(None, os.environ.get("MONOQUANT_DISABLED_PLUGINS", "").split(",")))
-    candidates: list[tuple[Loaded, object]] = [
-        (Loaded(getattr(p, "__name__", repr(p)), "-", "-"), p) for p in extra
-    ]
+    disabled = {name.strip() for name in os.environ.get("MONOQUANT_DISABLED_PLUGINS", "").split(",")}
+    candidates: list[tuple[Loaded, object]] = [(Loaded(getattr(p, "__name__", repr(p)), "-", "-"), p) for p in extra]
     points = entry_points(group=hookspecs.PROJECT) if found is None else found
-    for ep in sorted(points, key=lambda ep: ep.name):
-        dist = ep.dist
-        plugin = Loaded(ep.name, dist.name if dist else "-", dist.version if dist else "-")
+    for ep in sorted(points, key=lambda ep: (ep.name, ep.value)):
         if ep.name in disabled:
             continue
-        try:
+        dist = ep.dist
+        plugin = Loaded(ep.name, dist.name if dist else "-", dist.version if dist else "-")
+        with _noting_problems(registry, plugin, "failed to import: "):
             candidates.append((plugin, ep.load()))
-        except (Exception, SystemExit) as exc:  # a plugin may fail in any way while importing
-            registry.problems.append(Problem(ep.name, plugin.distribution, f"failed to import: {exc!r}"))
+    usable: list[tuple[Loaded, object]] = []
     for plugin, module in candidates:
         # Hooks that plugins bring come first: an implementer may sort before the plugin that specifies them.
-        own = getattr(module, "MONOQUANT_HOOKSPECS", None)
-        if own is not None:
-            try:
-                registry.manager.add_hookspecs(own)
-            except Exception as exc:  # noqa: BLE001
-                registry.problems.append(Problem(plugin.plugin, plugin.distribution, f"MONOQUANT_HOOKSPECS: {exc}"))
-    for plugin, module in candidates:
-        try:
+        with _noting_problems(registry, plugin):
+            _check_api(plugin, module)
+            _add_hookspecs(registry, plugin, module)
+            usable.append((plugin, module))
+    for plugin, module in usable:
+        with _noting_problems(registry, plugin):
             _register(registry, plugin, module)
-        except (Exception, SystemExit) as exc:
-            reason = exc.reason if isinstance(exc, PluginError) else str(exc) or repr(exc)
-            registry.problems.append(Problem(plugin.plugin, plugin.distribution, reason))
-    if registry.problems and os.environ.get("MONOQUANT_STRICT_PLUGINS"):
+    if registry.problems and os.environ.get("MONOQUANT_STRICT_PLUGINS", "0") not in ("", "0"):
         first = registry.problems[0]
         raise PluginError(first.plugin, first.reason)
     return registry
@@ -183,19 +183,53 @@ def install_hint(name: str) -> str:
     return "install a plugin that provides it"
 
 
-def _register(registry: Registry, plugin: Loaded, module: object) -> None:
+@contextlib.contextmanager
+def _noting_problems(registry: Registry, plugin: Loaded, prefix: str = "") -> Iterator[None]:
+    """Note a failure of a plugin, in one line, and go on: a plugin may fail in any way."""
+    try:
+        yield
+    except (Exception, SystemExit) as exc:  # noqa: BLE001
+        if isinstance(exc, PluginError):
+            reason = exc.reason
+        elif isinstance(exc, MonoquantError | pluggy.PluginValidationError):
+            reason = str(exc)
+        else:
+            reason = repr(exc)
+        registry.problems.append(Problem(plugin.plugin, plugin.distribution, prefix + " ".join(reason.split())))
+
+
+def _check_api(plugin: Loaded, module: object) -> None:
     api = getattr(module, "MONOQUANT_HOOK_API", hookspecs.HOOK_API)
     if api != hookspecs.HOOK_API:
         raise PluginError(plugin.plugin, f"wants hook API {api}, this monoquant has {hookspecs.HOOK_API}")
+
+
+def _add_hookspecs(registry: Registry, plugin: Loaded, module: object) -> None:
+    own = getattr(module, "MONOQUANT_HOOKSPECS", None)
+    if own is None:
+        return
+    manager = registry.manager
+    # pluggy finds out half-way, when the first of them are already in.
+    for name in dir(own):
+        caller = getattr(manager.hook, name, None)
+        if caller is not None and manager.parse_hookspec_opts(own, name) is not None and caller.has_spec():
+            raise PluginError(plugin.plugin, f"MONOQUANT_HOOKSPECS: hook {name!r} is already specified")
+    manager.add_hookspecs(own)
+
+
+def _register(registry: Registry, plugin: Loaded, module: object) -> None:
     manager = registry.manager
     if manager.get_plugin(plugin.plugin) is not None:
         raise PluginError(plugin.plugin, "another installed distribution has an entry point of this name")
-    manager.register(module, name=plugin.plugin)
+    if manager.is_registered(module):
+        raise PluginError(plugin.plugin, f"is the same module as plugin {manager.get_name(module)!r}")
     try:
+        manager.register(module, name=plugin.plugin)  # a wrong argument is found half-way, with hooks already in
         manager.check_pending()
         declared = _collect(registry, plugin.plugin, module)
     except BaseException:
-        manager.unregister(name=plugin.plugin)
+        if manager.is_registered(module):
+            manager.unregister(module)
         raise
     # Only now that all of it is known to be good does any of it become visible.
     for hook, items in declared.items():
@@ -219,10 +253,12 @@ def _collect(registry: Registry, plugin: str, module: object) -> dict[str, list[
             for item in items:
                 if not isinstance(item, kind):
                     raise PluginError(plugin, f"{hook} gave {item!r}, not a {kind.__name__}")
+                option_infos(item.options)
                 for name in dict.fromkeys(n.lower() for n in (item.name, *getattr(item, "aliases", ()))):
-                    if (hook, name) in registry.origins:
-                        owner = registry.origins[hook, name]
-                        raise PluginError(plugin, f"{word} {name!r} is already registered by {owner!r}")
+                    for table in SHARED_NAMES.get(hook, (hook,)):
+                        if (table, name) in registry.origins:
+                            owner, theirs = registry.origins[table, name], TABLES[table][1]
+                            raise PluginError(plugin, f"{theirs} {name!r} is already registered by {owner!r}")
                     if name in seen:
                         raise PluginError(plugin, f"{word} {name!r} is declared twice")
                     seen.add(name)

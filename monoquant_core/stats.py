@@ -31,6 +31,8 @@ class TensorStats:
             raise CalibrationError(f"statistics of {self.count} observations: nothing was observed")
         if self.minimum.shape != self.maximum.shape:
             raise CalibrationError(f"minimum {tuple(self.minimum.shape)}, maximum {tuple(self.maximum.shape)}")
+        if self.minimum.ndim > 1:
+            raise CalibrationError(f"minimum and maximum are numbers or vectors, got {self.minimum.ndim} axes")
         for label in ("minimum", "maximum", "importance"):
             value = getattr(self, label)
             if value is not None and not bool(value.isfinite().all()):

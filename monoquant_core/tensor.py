@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -112,7 +113,7 @@ def param_values(value: ParamValue, spec: Param) -> torch.Tensor:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors hold the same bits: unlike ``torch.equal`` it tells -0.0 from 0.0 and equates NaN with itself."""
+    """Whether two tensors hold the same bits, unlike ``torch.equal``, for which -0.0 is 0.0 and NaN is not NaN."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     if not a.dtype.is_floating_point and not a.dtype.is_complex:
@@ -138,7 +139,9 @@ def _table(element: ElementType, device: str) -> torch.Tensor:
     return torch.tensor(element.table, dtype=torch.float32, device=device)
 
 
-def _blockwise(op, values: torch.Tensor, param: torch.Tensor, block: tuple[int, ...]) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def _blockwise(
+    op: Callable[..., torch.Tensor], values: torch.Tensor, param: torch.Tensor, block: tuple[int, ...]
+) -> torch.Tensor:
     """``op(values, expanded param)`` in place on fresh values, without expanding where a view will do."""
     *outer, n = values.shape
     size = block[-1]

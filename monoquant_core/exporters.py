@@ -141,7 +141,7 @@ class FileLayout:
     info: ModelInfo
     destination: str = ""  #: name of the file or folder to be written, without its path
     plan_hash: str = ""  #: identifies the plan's content, for names that must not collide
-    ties: Mapping[str, str] = field(default_factory=dict)  #: source name that is not written -> the name it shares storage with
+    ties: Mapping[str, str] = field(default_factory=dict)  #: name not written -> its tensor's first name
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ class PartAt:
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """One file: ``prefix``, then parts at their offsets (gaps are zeros), then ``suffix``; or a copy of another file."""
+    """One file: ``prefix``, parts at their offsets (gaps are zeros), ``suffix``; or a copy of another file."""
 
     path: str  #: relative to the output folder; "" when the output itself is this one file
     prefix: bytes = b""
@@ -189,7 +189,7 @@ class Exporter(Protocol):
         ...
 
     def verdict(self, out: Output, proposal: Proposal | None) -> Verdict:
-        """Whether the format holds it. Reads no data and never raises; ``proposal`` is None for floats of ``out.dtype``."""
+        """Whether the format holds it; ``proposal`` None means floats of ``out.dtype``. Reads no data, never raises."""
         ...
 
     def parts(self, out: Output, held: Held) -> Sequence[Part]:

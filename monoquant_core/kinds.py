@@ -49,7 +49,7 @@ _NORMS = re.compile(
 _ROUTERS = re.compile(r"^(gate|router|shared_expert_gate|wg)$")
 _STATE = re.compile(r"^(A_log|A|D|dt_bias|causal_mask|attn_mask|masked_bias|running_mean|running_var|position_ids)$")
 _HEADS = re.compile(
-    r"^(lm_head|embed_out|output_projection|classifier|score|qa_outputs|logits|head|heads|decoder_head|seq_relationship)$"
+    r"^(lm_head|embed_out|output_projection|classifier|score|qa_outputs|logits|head|heads|decoder_head|seq_relationship|predictions)$"
 )
 _WEAK_HEADS = re.compile(
     r"^((model|module|net)\.)?(fc|linear|output|out|out_proj|proj_out)\.weight$"
@@ -73,7 +73,7 @@ def annotate(specs: Sequence[TensorSpec], info: ModelInfo) -> list[TensorSpec]:
     The module's class decides the kind where it is known; else the name and the rank do.
     """
     result = [dataclasses.replace(s, kind=s.kind or kind_of(s, info), fuse=s.fuse or fuse_group(s)) for s in specs]
-    return _tie_by_config(_weak_head(result), info)
+    return _tie_by_config(_weak_head(_last_of_sequence(result, info)), info)
 
 
 def kind_of(spec: TensorSpec, info: ModelInfo | None = None) -> str:
@@ -125,6 +125,19 @@ def _kind_by_name(spec: TensorSpec, owner: str, leaf: str, info: ModelInfo | Non
     if info is not None and info.model_type == "gpt2" and owner in ("c_attn", "c_proj", "c_fc"):
         return "linear_transposed"
     return "linear" if rank == 2 else ""
+
+
+def _last_of_sequence(specs: list[TensorSpec], info: ModelInfo) -> list[TensorSpec]:
+    """Of ``classifier.0``, ``.3`` and ``.6`` only the last is the head: VGG keeps most of its weights there."""
+    numbered: dict[str, list[tuple[int, int]]] = {}
+    for i, spec in enumerate(specs):
+        if spec.kind == "head" and (found := re.match(r"(.*)\.(\d+)\.weight$", spec.name)):
+            numbered.setdefault(found.group(1), []).append((int(found.group(2)), i))
+    for members in numbered.values():
+        for _, i in sorted(members)[:-1]:
+            kind = kind_of(dataclasses.replace(specs[i], name="layer.weight"), info)
+            specs[i] = dataclasses.replace(specs[i], kind=kind)
+    return specs
 
 
 def _weak_head(specs: list[TensorSpec]) -> list[TensorSpec]:

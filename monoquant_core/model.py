@@ -95,7 +95,7 @@ class ModelInfo:
 
 @runtime_checkable
 class Source(Protocol):
-    """Where tensors come from. ``info`` and ``specs`` read headers only and import no torch where the container allows."""
+    """Where tensors come from. ``info`` and ``specs`` read headers only, and import no torch where that is possible."""
 
     info: ModelInfo
 

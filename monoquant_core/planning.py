@@ -1,7 +1,8 @@
-"""What will happen to every tensor, decided before anything is read. Imports no torch."""
+"""What will happen to every tensor: decisions, steps and the plan they make. Imports no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -10,6 +11,7 @@ from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.schemes import Proposal, Quantizer
 
 Action: TypeAlias = Literal["quantize", "cast", "keep", "dequantize", "drop", "derive"]
+OnUnsupported: TypeAlias = Literal["error", "requantize", "dequantize"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,14 @@ class Step:
     scheme: str = ""
     quantizer: Quantizer | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the file; without a format, what its encoding takes."""
+        if self.placed.parts:
+            return sum(part.nbytes for part in self.placed.parts)
+        out, encoding = self.placed.output, self.placed.held.encoding
+        return TensorSpec(out.name, out.shape, out.dtype, encoding).nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -48,4 +58,80 @@ class Plan:
     format: str  #: "" for a plan that stays in memory
     exporter: Exporter | None = field(default=None, compare=False, repr=False)
     notes: tuple[str, ...] = ()  #: what the user should know, once each
-    recipe: dict[str, Any] = field(default_factory=dict)  #: TOML-ready: repeats this plan on the same model
+    recipe: Mapping[str, Any] = field(default_factory=dict)  #: TOML-ready: repeats this plan on the same model
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all tensors in the source."""
+        return sum(d.spec.nbytes for d in self.decisions if d.spec.tied_to is None)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all files to be written, exactly; without a format, of the tensors."""
+        return sum(f.nbytes for f in self.files) if self.files else sum(s.nbytes for s in self.steps)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per element, over all tensors that are written."""
+        elements = sum(s.placed.output.numel for s in self.steps)
+        return 8 * sum(s.nbytes for s in self.steps) / elements if elements else 0.0
+
+    def count(self, action: Action) -> int:
+        """How many source tensors that happens to."""
+        return sum(d.action == action for d in self.decisions)
+
+    def steps_of(self) -> dict[str, list[Step]]:
+        """The steps that each source tensor goes into, by its name."""
+        found: dict[str, list[Step]] = {d.spec.name: [] for d in self.decisions}
+        for step in self.steps:
+            for spec in step.specs:
+                found[spec.name].append(step)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: what ``monoquant plan --json`` prints."""
+        by_name = self.steps_of()
+        tensors = []
+        for decision in self.decisions:
+            spec, steps = decision.spec, by_name[decision.spec.name]
+            tensors.append(
+                {
+                    "name": spec.name,
+                    "shape": list(spec.shape),
+                    "kind": spec.kind,
+                    "action": decision.action,
+                    "scheme": decision.scheme,
+                    "from": str(spec.encoding or spec.dtype),
+                    "to": " + ".join(describe(step) for step in steps),
+                    "outputs": [step.placed.output.name for step in steps],
+                    "bytes_before": spec.nbytes,
+                    "bytes_after": sum(step.nbytes // max(1, len(step.specs)) for step in steps),
+                    "reason": decision.reason,
+                }
+            )
+        return {
+            "source": self.info.name,
+            "format": self.format,
+            "tensors": tensors,
+            "files": [{"path": f.path, "bytes": f.nbytes} for f in self.files],
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bits_per_weight": self.bits_per_weight,
+            "notes": list(self.notes),
+        }
+
+
+def describe(step: Step) -> str:
+    """What an output is stored as."""
+    encoding = step.placed.held.encoding
+    return str(encoding) if encoding is not None else step.placed.output.dtype
+
+
+def listing(title: str, lines: Sequence[str]) -> str:
+    """A title and one line per tensor; long lists say how many more there are."""
+    shown = [f"  {line}" for line in lines[:20]]
+    if len(lines) > 20:
+        shown.append(f"  ... and {len(lines) - 20} more")
+    if len(lines) == 1:
+        return f"{title.format(count=1)}: {lines[0]}"
+    return "\n".join([title.format(count=len(lines)) + ":", *shown])

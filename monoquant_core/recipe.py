@@ -68,7 +68,7 @@ class Rule:
         return self.origin or " and ".join(conditions)
 
     def matches(self, spec: TensorSpec) -> bool:
-        """Whether it takes this tensor. A pattern may name a module: then a scheme takes its tensors of rank 2 and up."""
+        """Whether it takes this tensor. A scheme's pattern that names a module takes its tensors of rank 2 and up."""
         if self.kind and spec.kind != self.kind:
             return False
         if self.module and spec.module != self.module:

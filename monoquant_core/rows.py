@@ -115,10 +115,8 @@ def quantum(shape: Shape, encoding: Encoding | None, *, tensor_wide: bool = Fals
     """
     if encoding is None:
         return 1
-    if tensor_wide and all(b == FULL for b in encoding.block):
-        own = 1
-    else:
-        own = block_rows(shape, encoding.block)
+    known = tensor_wide and all(b == FULL for b in encoding.block)
+    own = 1 if known else block_rows(shape, encoding.block)
     return math.lcm(own, *(_nested(shape, encoding, p, tensor_wide) for _, p in encoding.params()))
 
 

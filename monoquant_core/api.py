@@ -1,0 +1,315 @@
+"""The few lines users type: ``import monoquant_core as mq``. Imports torch only when tensors are needed."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from monoquant_core.errors import PlanError, SourceError
+from monoquant_core.planner import make_plan
+from monoquant_core.planning import OnUnsupported, Plan
+from monoquant_core.plugins import Registry, load_registry
+from monoquant_core.recipe import Recipe, Rule, keep_rule, load_recipe, parse_set
+
+if TYPE_CHECKING:
+    import torch
+
+    from monoquant_core.model import Source
+    from monoquant_core.report import Comparison, ProgressCallback, Report
+    from monoquant_core.stats import TensorStats
+    from monoquant_core.tensor import QuantizedTensor
+
+    Model = str | os.PathLike[str] | torch.nn.Module | Mapping[str, torch.Tensor]
+
+RecipeLike = Recipe | Mapping[str, Any] | str | Path
+DEFAULT_FORMAT = "safetensors"
+DEFAULT_SCHEME = "int8"
+
+
+@functools.cache
+def installed() -> Registry:
+    """The plugins installed in this environment, loaded once."""
+    return load_registry()
+
+
+def open_source(src: Model, *, registry: Registry | None = None, unsafe_pickle: bool = False) -> Source:
+    """Open a checkpoint, a finished file, an nn.Module or a state_dict; reads headers only.
+
+    :raises SourceError: naming the file and what is wrong with it.
+    """
+    from monoquant_core.sources import open_source as open_
+
+    return open_(src, registry or installed(), unsafe_pickle=unsafe_pickle)
+
+
+def plan(
+    src: Model,
+    *,
+    scheme: str = "",
+    options: Mapping[str, Any] | None = None,
+    format: str = DEFAULT_FORMAT,
+    format_options: Mapping[str, Any] | None = None,
+    recipe: RecipeLike | None = None,
+    keep: Sequence[str] = (),
+    set: Sequence[str] = (),
+    destination: str = "",
+    on_unsupported: OnUnsupported = "error",
+    unsafe_pickle: bool = False,
+    registry: Registry | None = None,
+) -> Plan:
+    """What ``quantize`` would do, from headers alone. Without scheme, recipe and rules it takes int8.
+
+    :param options: of the scheme, such as ``{"group_size": 64}``.
+    :param keep: patterns of tensors to leave as they are.
+    :param set: rules as ``"PATTERN=SCHEME:key=value"``; the first that matches decides.
+    :raises MonoquantError: for everything that is known to fail, before anything is read.
+    """
+    model = quantize(
+        src,
+        scheme=scheme,
+        options=options,
+        recipe=recipe,
+        keep=keep,
+        set=set,
+        unsafe_pickle=unsafe_pickle,
+        registry=registry,
+    )
+    with model:
+        return model.plan(format, format_options=format_options, destination=destination, on_unsupported=on_unsupported)
+
+
+def quantize(
+    src: Model,
+    *,
+    scheme: str = "",
+    options: Mapping[str, Any] | None = None,
+    recipe: RecipeLike | None = None,
+    keep: Sequence[str] = (),
+    set: Sequence[str] = (),
+    stats: Mapping[str, TensorStats] | None = None,
+    unsafe_pickle: bool = False,
+    registry: Registry | None = None,
+) -> QuantizedModel:
+    """A model with the schemes chosen; tensors are quantized when they are asked for or saved.
+
+    Parameters as in :func:`plan`; ``stats`` are calibration statistics by tensor name.
+
+    :raises MonoquantError: when the source, the recipe or the scheme is refused.
+    """
+    loaded = load_recipe(recipe) if recipe is not None else Recipe()
+    if not (scheme or loaded.scheme or loaded.base):
+        scheme = DEFAULT_SCHEME if not (loaded.rules or set) else ""
+    rules = (*map(keep_rule, keep), *map(parse_set, set))
+    registry = registry or installed()
+    source = open_source(src, registry=registry, unsafe_pickle=unsafe_pickle)
+    model = QuantizedModel(source, registry, scheme, options or {}, loaded, rules, stats)
+    try:
+        model.plan()
+    except BaseException:
+        source.close()
+        raise
+    return model
+
+
+def load(path: str | os.PathLike[str], *, registry: Registry | None = None) -> QuantizedModel:
+    """A finished file, or any checkpoint, as it is: nothing is quantized.
+
+    :raises SourceError: naming the file and what is wrong with it.
+    """
+    registry = registry or installed()
+    return QuantizedModel(open_source(path, registry=registry), registry, quantizing=False)
+
+
+def export(
+    src: Model,
+    path: str | os.PathLike[str],
+    format: str = DEFAULT_FORMAT,
+    *,
+    scheme: str = "",
+    options: Mapping[str, Any] | None = None,
+    on_unsupported: OnUnsupported = "error",
+    unsafe_pickle: bool = False,
+    registry: Registry | None = None,
+    **save: Any,
+) -> Report:
+    """Write a model in a format: finished files are repacked, floats stay floats, nothing is requantized unasked.
+
+    :param scheme: only for ``on_unsupported="requantize"``.
+    :param save: the options of :meth:`QuantizedModel.save`.
+    """
+    registry = registry or installed()
+    source = open_source(src, registry=registry, unsafe_pickle=unsafe_pickle)
+    chosen = scheme if on_unsupported == "requantize" else ""
+    with QuantizedModel(source, registry, chosen, options or {}, quantizing=False) as model:
+        return model.save(path, format, on_unsupported=on_unsupported, **save)
+
+
+def compare(a: Model, b: Model, *, registry: Registry | None = None) -> list[Comparison]:
+    """Tensor by tensor, the worst first; quantized tensors are dequantized.
+
+    :raises SourceError: naming the file and what is wrong with it.
+    """
+    from monoquant_core.metrics import compare_sources
+
+    registry = registry or installed()
+    first, second = open_source(a, registry=registry), open_source(b, registry=registry)
+    try:
+        found = list(compare_sources(first, second))
+    finally:
+        first.close()
+        second.close()
+    return sorted(found, key=lambda c: (c.status == "compared", c.sqnr_db, c.name))
+
+
+class QuantizedModel:
+    """A source and what is to become of it. Lazy: memory does not grow with the model until you ask for tensors.
+
+    Usable as a context manager; closing it closes the files it reads.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        registry: Registry,
+        scheme: str = "",
+        options: Mapping[str, Any] | None = None,
+        recipe: Recipe | None = None,
+        rules: Sequence[Rule] = (),
+        stats: Mapping[str, TensorStats] | None = None,
+        *,
+        quantizing: bool = True,
+    ) -> None:
+        self.source = source
+        self._registry, self._scheme, self._options = registry, scheme, dict(options or {})
+        self._recipe, self._rules, self._stats, self._quantizing = recipe or Recipe(), rules, stats, quantizing
+
+    def __enter__(self) -> QuantizedModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the source."""
+        self.source.close()
+
+    def plan(
+        self,
+        format: str = "",
+        *,
+        format_options: Mapping[str, Any] | None = None,
+        destination: str = "",
+        on_unsupported: OnUnsupported = "error",
+    ) -> Plan:
+        """What happens to every tensor, for a format or, without one, in memory.
+
+        :raises MonoquantError: for everything that is known to fail.
+        """
+        return make_plan(
+            self.source,
+            registry=self._registry,
+            scheme=self._scheme if self._quantizing or on_unsupported == "requantize" else "",
+            scheme_options=self._options,
+            recipe=self._recipe if self._quantizing else Recipe(base="none"),
+            rules=self._rules,
+            format=format,
+            format_options=format_options,
+            on_unsupported=on_unsupported,
+            destination=destination,
+            quantizing=self._quantizing,
+            with_stats=self._stats is not None,
+        )
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        format: str = DEFAULT_FORMAT,
+        *,
+        format_options: Mapping[str, Any] | None = None,
+        threads: int = 0,
+        device: str = "cpu",
+        force: bool = False,
+        nonfinite: Literal["refuse", "allow"] = "refuse",
+        on_unsupported: OnUnsupported = "error",
+        progress: ProgressCallback | None = None,
+    ) -> Report:
+        """Write it. The path holds nothing, the old file or the complete new one, whatever happens.
+
+        :param threads: 0 is one per usable core. They never change a byte.
+        :param force: replace what is there.
+        :param nonfinite: whether NaN and infinity may stay in tensors that are kept.
+        :raises MonoquantError: naming the file and the tensor.
+        """
+        from monoquant_core.engine import RunOptions, write
+
+        path = destination_for(path, format, self._registry)
+        plan = self.plan(format, format_options=format_options, destination=path.name, on_unsupported=on_unsupported)
+        options = RunOptions(threads=threads, device=device, force=force, nonfinite=nonfinite)
+        return write(plan, self.source, path, options, stats=self._stats, progress=progress)
+
+    def tensors(self) -> Iterator[tuple[str, QuantizedTensor | torch.Tensor]]:
+        """Every tensor, one at a time; tied names are left out."""
+        from monoquant_core.engine import compute
+
+        for step in self.plan().steps:
+            yield step.placed.output.name, compute(step, self.source, stats=self._stats)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All tensors dequantized, in their source's dtype, tied names included: for ``module.load_state_dict``."""
+        from monoquant_core.tensor import QuantizedTensor, dtype_of
+
+        specs = {spec.name: spec for spec in self.source.specs()}
+        state: dict[str, torch.Tensor] = {}
+        for name, value in self.tensors():
+            floats = value.dequantize() if isinstance(value, QuantizedTensor) else value
+            state[name] = floats.to(dtype_of(specs[name].dtype)) if isinstance(value, QuantizedTensor) else floats
+        for spec in specs.values():
+            if spec.tied_to in state:
+                state[spec.name] = state[spec.tied_to]
+        return {name: state[name] for name in specs if name in state}
+
+    def apply_to(self, module: torch.nn.Module) -> None:
+        """Put the dequantized weights into a module that has tensors of these names (fake quantization).
+
+        :raises SourceError: when names or shapes differ; the module is unchanged then.
+        """
+        import torch
+
+        target, state = module.state_dict(), self.state_dict()
+        missing = sorted(set(target) - set(state))
+        unexpected = sorted(set(state) - set(target))
+        shapes = [n for n in state if n in target and state[n].shape != target[n].shape]
+        if missing or unexpected or shapes:
+            raise SourceError(
+                f"{self.source.info.name} does not fit {type(module).__name__}: "
+                f"missing {missing[:3]}, unexpected {unexpected[:3]}, other shapes {shapes[:3]}"
+            )
+        with torch.no_grad():
+            for name, value in state.items():
+                target[name].copy_(value)
+
+
+def destination_for(path: str | os.PathLike[str], format: str, registry: Registry) -> Path:
+    """The destination, with the format's suffix where it has one and the path has none."""
+    declared = registry.exporter(format)
+    target = Path(path)
+    if not target.name:
+        raise PlanError(f"{path}: not a name for an output")
+    return target.with_suffix(declared.suffix) if declared.suffix and not target.suffix else target
+
+
+def save_recipe(plan: Plan, path: str | os.PathLike[str]) -> None:
+    """Write the recipe that repeats a plan, as TOML.
+
+    :raises PlanError: when the file cannot be written.
+    """
+    import tomli_w
+
+    text = tomli_w.dumps(dict(plan.recipe))
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as exc:
+        raise PlanError(f"{path}: {exc.strerror}") from exc

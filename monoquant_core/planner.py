@@ -1,0 +1,109 @@
+"""Makes the plan: from a source's headers, the user's choice and a format. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from monoquant_core import options as opts
+from monoquant_core.declarations import ExporterDeclaration
+from monoquant_core.errors import PlanError
+from monoquant_core.exporters import Exporter, FileLayout, FilePlan
+from monoquant_core.model import ModelInfo, Source, TensorSpec
+from monoquant_core.negotiation import Placer
+from monoquant_core.planning import OnUnsupported, Plan, Step, describe
+from monoquant_core.plugins import Registry
+from monoquant_core.probes import ProbeResult
+from monoquant_core.recipe import Recipe, Rule
+from monoquant_core.selection import (
+    Chooser,
+    ask_plugins,
+    check_fuse_groups,
+    check_needs,
+    check_not_empty,
+    follow_ties,
+)
+
+
+def make_plan(
+    source: Source,
+    *,
+    registry: Registry,
+    scheme: str = "",
+    scheme_options: Mapping[str, Any] | None = None,
+    recipe: Recipe | None = None,
+    rules: Sequence[Rule] = (),
+    format: str = "",
+    format_options: Mapping[str, Any] | None = None,
+    on_unsupported: OnUnsupported = "error",
+    destination: str = "",
+    quantizing: bool = True,
+    with_stats: bool = False,
+    probes: Mapping[str, ProbeResult] | None = None,
+) -> Plan:
+    """Decide what happens to every tensor.
+
+    :param scheme: for tensors that no rule takes; a named recipe or a scheme. It overrides the recipe's own.
+    :param rules: come before the recipe's rules: ``--keep`` and ``--set``.
+    :param format: name of an exporter; without one the plan stays in memory.
+    :param on_unsupported: what to do with tensors of a finished file that the format cannot hold.
+    :param destination: name of the file or folder to be written.
+    :param quantizing: whether a plan that quantizes nothing is an error.
+    :param with_stats: whether the run will have calibration statistics.
+    :raises PlanError: naming all tensors concerned, before anything is read.
+    :raises RecipeError: for a rule that matches nothing.
+    """
+    specs = source.specs()
+    info = source.info
+    recipe = recipe or Recipe()
+    exporter = declared = None
+    if format:
+        declared = registry.exporter(format)
+        exporter = load_exporter(declared, format_options or {}, specs, info)
+    format_base = getattr(exporter, "recipe", "") or (declared.recipe if declared else "")
+    chooser = Chooser(registry, recipe, rules, scheme, scheme_options or {}, info, specs, format_base)
+    decisions = [chooser.decide(spec) for spec in specs]
+    chooser.report_refusals()
+    decisions = [ask_plugins(registry, d, probes or {}) for d in decisions]
+    decisions = follow_ties(decisions)
+    check_needs(decisions, with_stats)
+    if quantizing:
+        check_fuse_groups(decisions)
+        check_not_empty(decisions, info)
+    steps, decisions, notes = Placer(decisions, info, exporter, on_unsupported, chooser).place()
+    files: tuple[FilePlan, ...] = ()
+    if exporter is not None:
+        ties = {d.spec.name: d.spec.tied_to for d in decisions if d.spec.tied_to is not None and d.action == "drop"}
+        placed = tuple(step.placed for step in steps)
+        layout = FileLayout(placed, info, destination, _hash(steps, info), ties)
+        files = tuple(exporter.files(layout))
+        notes += list(getattr(exporter, "notes", lambda _: ())(layout))
+    unique = tuple(dict.fromkeys([*info.notes, *notes]))
+    name = declared.name if declared else ""
+    return Plan(info, tuple(decisions), tuple(steps), files, name, exporter, unique, chooser.as_recipe())
+
+
+def load_exporter(
+    declared: ExporterDeclaration, values: Mapping[str, Any], specs: Sequence[TensorSpec], info: ModelInfo
+) -> Exporter:
+    """An exporter with its options bound, resolved for this model."""
+    if declared.needs == "graph" and info.graph is None:
+        raise PlanError(
+            f"{info.name}: --format {declared.name} needs the model's graph, and a checkpoint has only tensors",
+            hint="quantize from a module, a .pt2 program or an .onnx file",
+        )
+    exporter: Exporter = declared.load()(opts.build(declared.options, values, owner=f"--format {declared.name}"))
+    resolve: Callable[..., Exporter] | None = getattr(exporter, "resolve", None)
+    return resolve(specs, info) if resolve else exporter
+
+
+def _hash(steps: Sequence[Step], info: ModelInfo) -> str:
+    """Identifies what is written, for names of files that must not collide."""
+    content = [
+        [s.placed.output.name, s.action, s.scheme, describe(s), s.placed.held.layout, list(s.placed.output.shape)]
+        for s in steps
+    ]
+    text = json.dumps([info.config, content], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,254 @@
+"""Which tensor gets which scheme: the user's rules, the recipe, ties and fuse groups. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from monoquant_core import options as opts
+from monoquant_core.declarations import SchemeDeclaration
+from monoquant_core.errors import PlanError, RecipeError, UnknownNameError
+from monoquant_core.model import ModelInfo, TensorSpec
+from monoquant_core.planning import Action, Decision, listing
+from monoquant_core.plugins import Registry
+from monoquant_core.probes import ProbeResult
+from monoquant_core.recipe import (
+    DEFAULT,
+    KEEP,
+    NONE,
+    DefaultRecipe,
+    NoRecipe,
+    Recipe,
+    RecipeSource,
+    Rule,
+    Text,
+    near_names,
+)
+from monoquant_core.schemes import Quantizer, Refusal
+
+
+class Chooser:
+    """Applies rules in order: the user's, the recipe's, the base recipe's; what none takes gets the scheme."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        recipe: Recipe,
+        rules: Sequence[Rule],
+        scheme: str,
+        scheme_options: Mapping[str, Any],
+        info: ModelInfo,
+        specs: Sequence[TensorSpec],
+        format_base: str = "",
+    ) -> None:
+        self.registry = registry
+        self.own_rules = (*rules, *recipe.rules)
+        self.scheme, self.options = scheme or recipe.scheme, dict(recipe.options) | dict(scheme_options)
+        if scheme and recipe.scheme and scheme.lower() != recipe.scheme.lower():
+            self.options = dict(scheme_options)
+        self.base = recipe.base
+        if self.scheme.lower() in registry.recipes:
+            if recipe.base:
+                raise RecipeError(f"{self.scheme!r} is itself a recipe; leave out base = {recipe.base!r}")
+            self.base, base_options, self.scheme, self.options = self.scheme, self.options, "", {}
+        else:
+            base_options = {}
+        self.base_rules = self._base_rules(self.base or format_base or DEFAULT, base_options, info, specs)
+        self.refused: list[tuple[TensorSpec, str, Refusal]] = []
+        self._bound: dict[str, tuple[str, Quantizer]] = {}
+        self._check_rules_match(specs)
+        if self.scheme:
+            self.bind(self.scheme, self.options, "--scheme")
+
+    def decide(self, spec: TensorSpec) -> Decision:
+        """What the first rule that matches says of a tensor; refusals are collected."""
+        rule = next((r for r in self.own_rules if r.matches(spec)), None)
+        own = rule is not None
+        if spec.encoding is not None:
+            return Decision(spec, "keep", f"already quantized as {spec.encoding}; its codes stay")
+        if not spec.is_float:
+            if rule is not None and rule.scheme != KEEP and rule.match == (spec.name,):
+                raise PlanError(f"{spec.name}: {spec.dtype} is not a float that {rule.scheme} can quantize")
+            return Decision(spec, "keep", f"{spec.dtype}: not a float to be quantized")
+        rule = rule or next((r for r in self.base_rules if r.matches(spec)), None)
+        chosen: Literal["rule", "default"] = "rule" if own else "default"
+        if rule is not None and rule.scheme == KEEP:
+            return Decision(spec, "keep", rule.reason or rule.label, chosen=chosen)
+        if rule is None and not self.scheme:
+            return Decision(spec, "keep", "no scheme given")
+        if rule is None:
+            label, quantizer = self.bind(self.scheme, self.options, "--scheme")
+            reason = f"{spec.kind or 'weight'}: the default scheme"
+        else:
+            label, quantizer = self.bind(rule.scheme, rule.options, rule.label)
+            reason = rule.reason or rule.label
+        if spec.numel == 0:
+            return Decision(spec, "keep", "has no elements", chosen=chosen)
+        proposal = quantizer.propose(spec)
+        if isinstance(proposal, Refusal):
+            self.refused.append((spec, label, proposal))
+            return Decision(spec, "keep", proposal.reason, chosen=chosen)
+        action: Action = "cast" if isinstance(proposal.encoding, str) else "quantize"
+        if action == "cast" and proposal.encoding == spec.dtype:
+            return Decision(spec, "keep", f"is {spec.dtype} already", chosen=chosen)
+        return Decision(spec, action, reason, proposal, label, quantizer, chosen)
+
+    def report_refusals(self) -> None:
+        """One error that names every tensor that its scheme cannot take."""
+        if not self.refused:
+            return
+        lines = [f"{s.name} {list(s.shape)}: {label}: {refusal.reason}" for s, label, refusal in self.refused]
+        hints = dict.fromkeys(refusal.hint for _, _, refusal in self.refused if refusal.hint)
+        names = " ".join(f"--keep '{s.name}'" for s, _, _ in self.refused[:3])
+        more = " ..." if len(self.refused) > 3 else ""
+        raise PlanError(
+            listing("the scheme refuses {count} of the tensors chosen for it", lines),
+            hint="; ".join([*hints, f"or leave them as they are: {names}{more}"]),
+        )
+
+    def bind(self, name: str, values: Mapping[str, Any], owner: str) -> tuple[str, Quantizer]:
+        """The scheme with options, and how it is printed."""
+        key = f"{name.lower()} {sorted(values.items())}"
+        if key not in self._bound:
+            declared = self._declaration(name, owner)
+            infos = {i.name: i for i in opts.option_infos(declared.options)}
+            typed = {
+                k: opts.parse(infos[k], v, owner=declared.name) if isinstance(v, Text) and k in infos else v
+                for k, v in values.items()
+            }
+            bound: Any = opts.build(declared.options, typed, owner=declared.name)
+            changed = [f"{k}={getattr(bound, k)}" for k, i in infos.items() if getattr(bound, k) != i.default]
+            self._bound[key] = (" ".join([declared.name, *changed]), declared.load()(bound))
+        return self._bound[key]
+
+    def as_recipe(self) -> dict[str, Any]:
+        """The TOML that repeats this choice."""
+        recipe = Recipe(
+            self._spelled(self.scheme),
+            self.options,
+            self.base,
+            tuple(
+                dataclasses.replace(r, scheme=self._spelled(r.scheme), options=self._typed(r)) for r in self.own_rules
+            ),
+        )
+        return recipe.to_dict()
+
+    def _declaration(self, name: str, owner: str) -> SchemeDeclaration:
+        if name.lower() in self.registry.recipes and owner != "--scheme":
+            raise RecipeError(f"{owner}: {name!r} is a recipe; a rule takes a scheme")
+        try:
+            return self.registry.scheme(name)
+        except UnknownNameError as exc:
+            where = "" if owner == "--scheme" else f"{owner}: "
+            raise UnknownNameError(f"{where}{exc}", hint=exc.hint) from None
+
+    def _base_rules(
+        self, name: str, values: Mapping[str, Any], info: ModelInfo, specs: Sequence[TensorSpec]
+    ) -> Sequence[Rule]:
+        builtin: dict[str, RecipeSource] = {DEFAULT: DefaultRecipe(), NONE: NoRecipe()}
+        if name.lower() in builtin:
+            return builtin[name.lower()].rules(info, specs)
+        declared = self.registry.recipe(name)
+        source: RecipeSource = declared.load()(opts.build(declared.options, values, owner=declared.name))
+        return source.rules(info, specs)
+
+    def _check_rules_match(self, specs: Sequence[TensorSpec]) -> None:
+        for rule in self.own_rules:
+            if any(rule.matches(spec) for spec in specs):
+                continue
+            if rule.match:
+                near = near_names(rule.match[0], specs)
+                hint = f"names like it: {', '.join(near)}" if near else "the model has no tensors"
+            else:
+                present = {getattr(s, "module" if rule.module else "kind") for s in specs} - {""}
+                hint = f"the model has: {', '.join(sorted(present)) or 'none that are known'}"
+            raise RecipeError(f"{rule.label} matches none of the {len(specs)} tensors", hint=hint)
+
+    def _spelled(self, name: str) -> str:
+        return name if name in ("", KEEP) else self._declaration(name, "--scheme").name
+
+    def _typed(self, rule: Rule) -> dict[str, Any]:
+        if rule.scheme == KEEP:
+            return {}
+        declared = self.registry.scheme(rule.scheme)
+        infos = {i.name: i for i in opts.option_infos(declared.options)}
+        return {
+            k: opts.parse(infos[k], v, owner=declared.name) if isinstance(v, Text) else v
+            for k, v in rule.options.items()
+        }
+
+
+def ask_plugins(registry: Registry, decision: Decision, probes: Mapping[str, ProbeResult]) -> Decision:
+    """The decision after every plugin's ``monoquant_decide``."""
+    answer = registry.manager.hook.monoquant_decide(proposed=decision, probes=probes)
+    if answer is None:
+        return decision
+    if not isinstance(answer, Decision) or answer.spec != decision.spec:
+        raise PlanError(f"{decision.spec.name}: a plugin's monoquant_decide answered {answer!r}, not a Decision on it")
+    return answer
+
+
+def follow_ties(decisions: list[Decision]) -> list[Decision]:
+    """Tied tensors are one tensor: it is quantized once, and stays a float if any of its names must."""
+    names = {d.spec.name: d for d in decisions}
+    for d in decisions:
+        first = names.get(d.spec.tied_to or "")
+        if first is not None and d.action == "keep" and d.chosen == "default" and first.chosen == "default":
+            if first.action in ("quantize", "cast"):
+                names[first.spec.name] = Decision(first.spec, "keep", f"tied to {d.spec.name}: {d.reason}")
+        elif first is not None and d.chosen == "rule" and (d.action, d.scheme) != (first.action, first.scheme):
+            if first.chosen == "rule":
+                raise PlanError(
+                    f"{d.spec.name} and {first.spec.name} are one tensor, and rules give them different schemes",
+                    hint="give both the same, or name only one",
+                )
+            names[first.spec.name] = dataclasses.replace(
+                d, spec=first.spec, reason=f"tied to {d.spec.name}: {d.reason}"
+            )
+    return [
+        Decision(d.spec, "drop", f"tied to {d.spec.tied_to}: written once")
+        if d.spec.tied_to in names
+        else names[d.spec.name]
+        for d in decisions
+    ]
+
+
+def check_fuse_groups(decisions: Sequence[Decision]) -> None:
+    """Refuse different schemes within a group that runtimes join."""
+    groups: dict[str, list[Decision]] = {}
+    for d in decisions:
+        if d.spec.fuse is not None and d.action != "drop":
+            groups.setdefault(d.spec.fuse, []).append(d)
+    for group, members in groups.items():
+        if len({(d.action, d.scheme) for d in members if d.spec.encoding is None}) > 1:
+            shown = ", ".join(f"{d.spec.name} ({d.scheme or d.action})" for d in members[:6])
+            raise PlanError(
+                f"{group}: runtimes join these into one matrix, so they need one scheme: {shown}",
+                hint="widen the rule so that it matches all of them",
+            )
+
+
+def check_needs(decisions: Sequence[Decision], with_stats: bool) -> None:
+    """Refuse schemes that need statistics when there are none."""
+    needy = [d for d in decisions if d.proposal is not None and d.proposal.needs & {"importance", "ranges"}]
+    if needy and not with_stats:
+        raise PlanError(
+            f"{needy[0].scheme} needs calibration statistics for {needy[0].spec.name} and {len(needy) - 1} more",
+            hint="give them with stats=, or choose a scheme that needs none",
+        )
+
+
+def check_not_empty(decisions: Sequence[Decision], info: ModelInfo) -> None:
+    """Refuse a quantization that would quantize nothing."""
+    if any(d.action in ("quantize", "cast") for d in decisions):
+        return
+    reasons: dict[str, int] = {}
+    for d in decisions:
+        reasons[d.reason] = reasons.get(d.reason, 0) + 1
+    common = sorted(reasons.items(), key=lambda item: -item[1])[:3]
+    text = "; ".join(f"{count} x {reason}" for reason, count in common)
+    raise PlanError(
+        f"{info.name}: nothing would be quantized: {text or 'the model has no tensors'}",
+        hint="choose tensors with --set 'PATTERN=SCHEME', or copy the model with export",
+    )

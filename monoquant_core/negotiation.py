@@ -47,7 +47,7 @@ class Placer:
                 hints.append(f"leave them as they are: --keep '{self.refused[0][0]}'")
             raise UnsupportedEncodingError(
                 listing(
-                    f"{name} cannot hold {{count}} of {len(self.decisions)} tensors",
+                    f"{self.info.name}: {name} cannot hold {{count}} of {len(self.decisions)} tensors",
                     [f"{n}: {reason}" for n, reason, _ in self.refused],
                 ),
                 hint="; ".join(hints),

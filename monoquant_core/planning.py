@@ -128,10 +128,11 @@ def describe(step: Step) -> str:
 
 
 def listing(title: str, lines: Sequence[str]) -> str:
-    """A title and one line per tensor; long lists say how many more there are."""
+    """A title, in which ``{count}`` is how many there are, and one line per tensor; long lists are cut and say so."""
+    title = title.replace("{count}", str(len(lines)))
+    if len(lines) == 1:
+        return f"{title}: {lines[0]}"
     shown = [f"  {line}" for line in lines[:20]]
     if len(lines) > 20:
         shown.append(f"  ... and {len(lines) - 20} more")
-    if len(lines) == 1:
-        return f"{title.format(count=1)}: {lines[0]}"
-    return "\n".join([title.format(count=len(lines)) + ":", *shown])
+    return "\n".join([f"{title}:", *shown])

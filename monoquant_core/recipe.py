@@ -165,7 +165,8 @@ def parse_set(text: str) -> Rule:
 
     :raises RecipeError: when the text has no ``=``.
     """
-    options_at = re.search(r":[A-Za-z_]\w*=", text)
+    start = len("re:") if text.startswith("re:") else 0
+    options_at = re.compile(r":[A-Za-z_][\w-]*=").search(text, start)
     head = text[: options_at.start()] if options_at else text
     pattern, equals, scheme = head.rpartition("=")
     if not equals or not pattern or not scheme:
@@ -197,7 +198,7 @@ def near_names(pattern: str, specs: Sequence[TensorSpec]) -> list[str]:
 
 def _compile(pattern: str) -> re.Pattern[str]:
     if not pattern.startswith("re:"):
-        return re.compile(fnmatch.translate(pattern))
+        return re.compile(r"\A" + fnmatch.translate(pattern))
     try:
         return re.compile(pattern[3:])
     except re.error as exc:

@@ -42,7 +42,7 @@ class Chooser:
         specs: Sequence[TensorSpec],
         format_base: str = "",
     ) -> None:
-        self.registry = registry
+        self.registry, self.model = registry, info.name
         self.own_rules = (*rules, *recipe.rules)
         self.scheme, self.options = scheme or recipe.scheme, dict(recipe.options) | dict(scheme_options)
         if scheme and recipe.scheme and scheme.lower() != recipe.scheme.lower():
@@ -103,7 +103,7 @@ class Chooser:
         names = " ".join(f"--keep '{s.name}'" for s, _, _ in self.refused[:3])
         more = " ..." if len(self.refused) > 3 else ""
         raise PlanError(
-            listing("the scheme refuses {count} of the tensors chosen for it", lines),
+            listing(f"{self.model}: the scheme refuses {{count}} of the tensors chosen for it", lines),
             hint="; ".join([*hints, f"or leave them as they are: {names}{more}"]),
         )
 

@@ -13,6 +13,7 @@ from monoquant_core.planner import make_plan
 from monoquant_core.planning import OnUnsupported, Plan
 from monoquant_core.plugins import Registry, load_registry
 from monoquant_core.recipe import Recipe, Rule, keep_rule, load_recipe, parse_set
+from monoquant_core.selection import Chooser
 
 if TYPE_CHECKING:
     import torch
@@ -105,13 +106,13 @@ def quantize(
     rules = (*map(keep_rule, keep), *map(parse_set, set))
     registry = registry or installed()
     source = open_source(src, registry=registry, unsafe_pickle=unsafe_pickle)
-    model = QuantizedModel(source, registry, scheme, options or {}, loaded, rules, stats)
     try:
-        model.plan()
+        # Unknown names, options and rules that match nothing are refused here; the rest depends on the format.
+        Chooser(registry, loaded, rules, scheme, options or {}, source.info, source.specs())
     except BaseException:
         source.close()
         raise
-    return model
+    return QuantizedModel(source, registry, scheme, options, loaded, rules, stats)
 
 
 def load(path: str | os.PathLike[str], *, registry: Registry | None = None) -> QuantizedModel:

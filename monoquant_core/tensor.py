@@ -118,7 +118,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if not a.dtype.is_floating_point and not a.dtype.is_complex:
         return torch.equal(a, b)
-    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+    return torch.equal(_bytes(a), _bytes(b))
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -137,6 +137,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 @functools.lru_cache(maxsize=64)
 def _table(element: ElementType, device: str) -> torch.Tensor:
     return torch.tensor(element.table, dtype=torch.float32, device=device)
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _blockwise(

@@ -1,0 +1,71 @@
+"""The application: built-in commands, then those of plugins."""
+
+from typing import Annotated
+
+import typer
+
+from monoquant_core import __version__
+from monoquant_core.cli import catalog, compare, doctor, export, inspect, plan, plugins, quantize
+from monoquant_core.cli.render import out
+from monoquant_core.plugins import Problem, Registry
+
+HELP = "Quantize any PyTorch model and export it to the file its runtime loads."
+
+
+def build_app(registry: Registry) -> typer.Typer:
+    """The command line for what is installed."""
+    app = typer.Typer(
+        name="monoquant",
+        help=HELP,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+        ] = False,
+    ) -> None:
+        pass
+
+    for command in (quantize, export, plan, inspect, compare, catalog, plugins, doctor):
+        command.register(app, registry)
+    _register_plugin_commands(app, registry)
+    return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out(f"monoquant {__version__}")
+        raise typer.Exit()
+
+
+def _register_plugin_commands(app: typer.Typer, registry: Registry) -> None:
+    """Ask one plugin at a time, so that one that fails, or takes another's name, is left out by name."""
+    manager = registry.manager
+    for plugin in registry.loaded:
+        module = manager.get_plugin(plugin.plugin)
+        commands, groups, taken = list(app.registered_commands), list(app.registered_groups), _names(app)
+        others = [p for p in manager.get_plugins() if p is not module]
+        reason = ""
+        try:
+            manager.subset_hook_caller("monoquant_register_commands", remove_plugins=others)(app=app)
+        except (Exception, SystemExit) as exc:  # noqa: BLE001 - a plugin may fail in any way
+            reason = f"its commands failed to register: {exc!r}"
+        names = _names(app)
+        clash = next((name for name in names[len(taken) :] + names if names.count(name) > 1), None)
+        if clash and not reason:
+            reason = f"its command {clash!r} exists already; its commands are left out"
+        if reason:
+            app.registered_commands[:], app.registered_groups[:] = commands, groups
+            registry.problems.append(Problem(plugin.plugin, plugin.distribution, reason))
+
+
+def _names(app: typer.Typer) -> list[str]:
+    named = [c.name or getattr(c.callback, "__name__", "").replace("_", "-") for c in app.registered_commands]
+    groups = [g.name or (g.typer_instance.info.name if g.typer_instance else None) for g in app.registered_groups]
+    return [*named, *(name for name in groups if isinstance(name, str))]

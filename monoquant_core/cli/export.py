@@ -1,0 +1,82 @@
+"""``export``: the same values in another file format."""
+
+from typing import Annotated, Any
+
+import typer
+
+from monoquant_core.cli import flags
+from monoquant_core.cli.options import Typed, roles, with_options
+from monoquant_core.cli.plan import show_plan
+from monoquant_core.cli.progress import reporter
+from monoquant_core.cli.selection import named_scheme
+from monoquant_core.cli.summary import show_report
+from monoquant_core.errors import OptionError
+from monoquant_core.plugins import Registry
+
+ExportFormat = Annotated[
+    str, typer.Option("--format", metavar="NAME", help="File format; see 'formats list'.", show_default=False)
+]
+Requantize = Annotated[
+    str,
+    typer.Option("--scheme", metavar="NAME", help="Scheme for --on-unsupported requantize.", show_default=False),
+]
+
+
+def register(app: typer.Typer, registry: Registry) -> None:
+    """Add the command."""
+
+    @app.command()
+    @with_options(roles(registry, "scheme", "format"))
+    def export(
+        src: flags.Src,
+        format: ExportFormat,
+        typed: Typed,
+        output: flags.Output = None,
+        on_unsupported: flags.OnUnsupported = flags.UnsupportedChoice.error,
+        scheme: Requantize = "",
+        param: flags.Param = None,
+        dry_run: flags.DryRun = False,
+        threads: flags.Threads = 0,
+        device: flags.Device = "cpu",
+        force: flags.Force = False,
+        nonfinite: flags.Nonfinite = flags.NonfiniteChoice.refuse,
+        unsafe_pickle: flags.UnsafePickle = False,
+        json: flags.Json = False,
+        quiet: flags.Quiet = False,
+    ) -> None:
+        """Write a model in another format: finished files are repacked, floats stay floats.
+
+        Nothing is quantized again unless --on-unsupported asks for it.
+        """
+        from monoquant_core import api
+
+        if output is None and not dry_run:
+            raise flags.missing_output()
+        if scheme and on_unsupported is not flags.UnsupportedChoice.requantize:
+            raise OptionError(
+                f"export does not quantize, and --scheme {scheme} would",
+                hint="use quantize, or --on-unsupported requantize for a finished file",
+            )
+        options = typed.options(scheme=named_scheme(registry, scheme), format=registry.exporter(format))
+        saving: dict[str, Any] = {
+            "format": format,
+            "format_options": options["format"],
+            "on_unsupported": on_unsupported.value,
+        }
+        source = api.open_source(src, registry=registry, unsafe_pickle=unsafe_pickle)
+        with api.QuantizedModel(source, registry, scheme, options["scheme"], quantizing=False) as model:
+            if output is None or dry_run:
+                show_plan(model.plan(**saving, destination=flags.name_of(output)), threads=threads, json=json)
+                return
+            with reporter(quiet=quiet) as progress:
+                report = model.save(
+                    output,
+                    **saving,
+                    threads=threads,
+                    device=device,
+                    force=force,
+                    nonfinite=nonfinite.value,
+                    progress=progress,
+                )
+        if not quiet:
+            show_report(report, json=json)

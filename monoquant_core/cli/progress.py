@@ -1,0 +1,66 @@
+"""How far a run is: a bar on a terminal, a line every few seconds elsewhere, nothing when quiet."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from monoquant_core.cli.render import duration, size
+from monoquant_core.report import Progress, ProgressCallback
+
+LINE_SECONDS = 3.0
+
+STAGES = {"scan": "first pass", "write": "quantizing", "sync": "to disk", "done": "done"}
+
+
+@contextmanager
+def reporter(*, quiet: bool) -> Iterator[ProgressCallback | None]:
+    """A callback that shows progress on stderr. It may be called from any thread."""
+    if quiet:
+        yield None
+    elif sys.stderr is not None and sys.stderr.isatty():
+        with _bar() as callback:
+            yield callback
+    else:
+        yield _Lines()
+
+
+@contextmanager
+def _bar() -> Iterator[ProgressCallback]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    # transient: the summary says it all, and stdout may be the same terminal
+    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        tasks = {}
+
+        def show(event: Progress) -> None:
+            if event.stage not in tasks:
+                tasks[event.stage] = bar.add_task(STAGES[event.stage], total=event.total_bytes)
+            bar.update(tasks[event.stage], completed=event.done_bytes, total=event.total_bytes)
+
+        yield show
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stage = ""
+        self._began = self._said = time.monotonic()
+
+    def __call__(self, event: Progress) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if event.stage != self._stage:
+                self._stage, self._began = event.stage, now
+            if now - self._said < LINE_SECONDS or not event.total_bytes:
+                return
+            self._said = now
+            rate = event.done_bytes / max(now - self._began, 1e-3)
+            left = duration((event.total_bytes - event.done_bytes) / rate) if rate else "?"
+            done = f"{size(event.done_bytes)} of {size(event.total_bytes)}"
+            line = f"{STAGES[event.stage]}: {done}, {size(rate)}/s, {left} left"
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,48 @@
+"""Signals: Ctrl-C and SIGTERM end the command quickly and quietly. Installed before anything heavy is imported."""
+
+import os
+import signal
+import threading
+from types import FrameType
+
+GRACE_SECONDS = 4.0  #: for partial files to be removed; PROMISES 6 allows five seconds in all
+
+_leaving = False
+
+
+class Quit(BaseException):
+    """Leave the command with a status. Not an Exception, so that nothing on the way takes it for a failure."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def install() -> None:
+    """Let SIGINT and SIGTERM raise :class:`Quit`; a SIGINT that the caller ignores (a background job) stays ignored."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _leave)
+    signal.signal(signal.SIGTERM, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    global _leaving  # noqa: PLW0603 - signals belong to the process
+    status = 128 + number
+    # An exception inside an import may be swallowed or turned into another one by C code, and there is nothing to
+    # clean up yet; a second signal means that the first was not quick enough.
+    if _leaving or _importing(frame):
+        os._exit(status)
+    _leaving = True
+    # Also when the exception is lost, as in a finalizer, or a long call does not return: the process ends in time.
+    timer = threading.Timer(GRACE_SECONDS, os._exit, [status])
+    timer.daemon = True
+    timer.start()
+    raise Quit(status)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,78 @@
+"""What was measured of a finished run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from monoquant_core.cli.render import decibels, duration, exact, fields, notes, out, plural, size
+from monoquant_core.report import Report
+
+
+def show_report(report: Report, *, json: bool) -> None:
+    """Print sizes on disk, error, time and memory, all as measured."""
+    from monoquant_core.cli.render import out_json
+
+    if json:
+        out_json(report_dict(report))
+        return
+    ratio = report.source_bytes / report.nbytes if report.nbytes else 0.0
+    change = f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger" if ratio else ""
+    changed = [t for t in report.tensors if t.noise > 0]
+    rate = report.source_bytes / report.seconds if report.seconds else 0.0
+    peak = max(0, report.peak_bytes - report.start_bytes)
+    pairs = [
+        ("size", f"{size(report.source_bytes)} -> {exact(report.nbytes)}, {change}"),
+        ("files", "\n".join(f"{path or report.destination.name}  {size(n)}" for path, n in shown_files(report.files))),
+    ]
+    if changed:
+        pairs.append(("SQNR", f"{decibels(report.sqnr_db)} over {plural(len(changed), 'changed tensor')}"))
+        worst = [
+            f"{decibels(t.sqnr_db)}  {t.name}  ({t.layout}, largest error {t.max_error:.3g})" for t in report.worst()
+        ]
+        pairs.append(("worst", "\n".join(worst)))
+    else:
+        pairs.append(("SQNR", "exact: no value changed"))
+    where = plural(report.threads, "thread") if report.device == "cpu" else report.device
+    pairs.append(("time", f"{duration(report.seconds)}, {size(rate)}/s, {where}"))
+    predicted = f"{size(report.predicted_bytes)} predicted"
+    pairs.append(("memory", f"{size(peak)} at its peak above the start's {size(report.start_bytes)}; {predicted}"))
+    out(f"wrote {report.destination}")
+    fields(pairs)
+    notes(report.notes)
+
+
+def shown_files(files: Mapping[str, int], limit: int = 12) -> list[tuple[str, int]]:
+    """The files, the largest first; many small ones as one line."""
+    ordered = sorted(files.items(), key=lambda item: (-item[1], item[0]))
+    if len(ordered) <= limit:
+        return ordered
+    rest = ordered[limit - 1 :]
+    return [*ordered[: limit - 1], (f"and {len(rest)} more", sum(n for _, n in rest))]
+
+
+def report_dict(report: Report) -> dict[str, Any]:
+    """JSON form of a report."""
+    return {
+        "destination": str(report.destination),
+        "files": dict(report.files),
+        "source_bytes": report.source_bytes,
+        "bytes": report.nbytes,
+        "sqnr_db": report.sqnr_db,
+        "seconds": report.seconds,
+        "start_bytes": report.start_bytes,
+        "peak_bytes": report.peak_bytes,
+        "predicted_bytes": report.predicted_bytes,
+        "threads": report.threads,
+        "device": report.device,
+        "tensors": [
+            {
+                "name": t.name,
+                "action": t.action,
+                "layout": t.layout,
+                "elements": t.numel,
+                "sqnr_db": t.sqnr_db,
+                "max_error": t.max_error,
+            }
+            for t in report.tensors
+        ],
+        "notes": list(report.notes),
+    }

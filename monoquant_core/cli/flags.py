@@ -34,7 +34,7 @@ Set = Annotated[
     typer.Option(
         "--set",
         metavar="RULE",
-        help="PATTERN=SCHEME or PATTERN=SCHEME:key=value,... for the tensors or modules that match; the first rule that "
+        help="PATTERN=SCHEME or PATTERN=SCHEME:key=value,... for tensors or modules that match; the first rule that "
         "matches decides. Repeatable.",
         show_default=False,
     ),

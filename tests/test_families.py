@@ -578,7 +578,7 @@ def test_nf4_double_quantization_decodes_as_in_torchao() -> None:
     codes = torch.stack([theirs.quantized_data >> 4, theirs.quantized_data & 15], dim=-1).reshape(64, 512)
     factor = theirs.quantization_factor.reshape(2)
     scale = QuantizedTensor(
-        inner, theirs.quantized_scalers, 1 / factor, None, theirs.scaler_mean.expand(2).contiguous()
+        inner, theirs.quantized_scalers.reshape(64, 8), 1 / factor, None, theirs.scaler_mean.expand(2).contiguous()
     )
     assert torch.equal(QuantizedTensor(encoding, codes, scale).dequantize(), theirs.get_original_weight())
     assert encoding.nbits((64, 512)) == 64 * 512 * 4 + 512 * 8 + 2 * 64

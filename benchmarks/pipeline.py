@@ -1,0 +1,113 @@
+"""The whole command against ``cp -r``: CPU time, wall time and peak memory, the check and the SQNR on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.measure import MONOQUANT, Child, Timing, run_child
+from benchmarks.results import Gate, Section, Table, number
+from benchmarks.synthetic import geometry, write_checkpoint
+
+CPU_GATE = 3.0  # times cp
+MEMORY_GATE = 64.0  # MB above start-up
+GROWTH_GATE = 8.0  # MB more for the larger model: "the same", less what allocators do
+START_UP_GB = 0.001
+START_UP_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of one command."""
+
+    cpu: Timing
+    wall: Timing
+    peak: float = 0.0  #: MB, the highest of all runs
+    predicted: float = 0.0  #: MB above start-up, as the plan said
+    sqnr_db: float = 0.0
+
+
+def measure(temp: Path, *, sizes: Sequence[float], rounds: int) -> Section:
+    """Make a checkpoint of every size (gigabytes), quantize and copy it in turn; a large one in fewer rounds."""
+    small = temp / "start-up"
+    write_checkpoint(small, geometry(START_UP_GB))
+    start_up = _runs([_quantize(small, temp / "out") for _ in range(START_UP_ROUNDS)])
+    rows, gates, peaks = [("start-up", "", *_cells(start_up), "", "", megabytes(start_up.peak), "", "", "")], [], []
+    for size in sizes:
+        folder = temp / "checkpoint"
+        nbytes = write_checkpoint(folder, geometry(size))
+        copies, quantized = [], []
+        for _ in range(rounds if size < 4 else max(1, rounds - 1)):
+            copies.append(_copy(folder, temp / "copy"))
+            quantized.append(_quantize(folder, temp / "out"))
+        shutil.rmtree(folder)
+        cp, ours = _runs(copies), _runs(quantized)
+        label = f"{number(nbytes / 1e9)} GB"
+        best = (ours.cpu.best - start_up.cpu.best) / cp.cpu.best
+        median = (ours.cpu.median - start_up.cpu.median) / cp.cpu.median
+        above = ours.peak - start_up.peak
+        peaks.append(above)
+        gates.append(Gate(f"int8 pipeline, {label}: CPU beyond start-up / cp", CPU_GATE, "at most", "x", best, median))
+        gates.append(Gate(f"int8 pipeline, {label}: peak above start-up", MEMORY_GATE, "at most", " MB", above))
+        rows.append(("cp -r", label, *_cells(cp), "1x", "1x", "", "", "", ""))
+        ratio = f"{number(ours.wall.best / cp.wall.best)}x"
+        memory = (megabytes(ours.peak), f"{above:.1f} MB", f"{ours.predicted:.1f} MB", f"{ours.sqnr_db:.1f} dB")
+        rows.append(("quantize", label, *_cells(ours), f"{number(best)}x", ratio, *memory))
+    if len(peaks) > 1:
+        growth = max(peaks) - min(peaks)
+        gates.append(Gate("int8 pipeline: peak, all sizes: difference", GROWTH_GATE, "at most", " MB", growth))
+    header = (
+        "command", "checkpoint", "CPU s", "median", "wall s", "median", "CPU of cp", "wall of cp",
+        "peak", "above start-up", "predicted", "SQNR",
+    )  # fmt: skip
+    return Section(
+        "Pipeline",
+        f"""`monoquant quantize --scheme int8` of synthetic sharded bf16 Llama checkpoints, nearly all of whose
+bytes are quantized, with the check of every tensor and the SQNR on, against `cp -r` of the same folder; both
+read from the page cache. The outputs are fsynced, cp's is not. CPU is user and system time of the child
+process; start-up is the same command on a checkpoint of {START_UP_GB * 1000:.0f} MB, subtracted before
+comparing CPU with cp's, not from the wall ratio. Peak is VmHWM of the child, the highest of all runs.
+{os.cpu_count()} cores, as many threads. MB and GB are decimal.""",
+        (Table(header, rows),),
+        gates,
+    )
+
+
+def megabytes(value: float) -> str:
+    """MB, as text."""
+    return f"{value:.0f} MB"
+
+
+def _copy(source: Path, target: Path) -> Child:
+    # A reflink would copy nothing.
+    command: list[str | Path] = ["cp", "-r", *(["--reflink=never"] if sys.platform == "linux" else []), source, target]
+    return _run(command, target)
+
+
+def _quantize(source: Path, target: Path) -> Child:
+    return _run([*MONOQUANT, "quantize", source, "-o", target, "--scheme", "int8", "--json"], target)
+
+
+def _run(command: Sequence[str | Path], target: Path) -> Child:
+    os.sync()  # what the run before left unwritten is not this one's
+    child = run_child(command)
+    shutil.rmtree(target)
+    return child
+
+
+def _runs(children: Sequence[Child]) -> Runs:
+    cpu, wall = Timing(tuple(c.cpu for c in children)), Timing(tuple(c.wall for c in children))
+    reports = [json.loads(c.output) for c in children if c.output.strip()]
+    if not reports:
+        return Runs(cpu, wall)
+    peak, predicted = max(r["peak_bytes"] for r in reports), max(r["predicted_bytes"] for r in reports)
+    return Runs(cpu, wall, peak / 1e6, predicted / 1e6, reports[0]["sqnr_db"])
+
+
+def _cells(runs: Runs) -> tuple[str, str, str, str]:
+    return (f"{runs.cpu.best:.2f}", f"{runs.cpu.median:.2f}", f"{runs.wall.best:.2f}", f"{runs.wall.median:.2f}")

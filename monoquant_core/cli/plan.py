@@ -11,11 +11,13 @@ from monoquant_core.cli.render import (
     Column,
     exact,
     fields,
+    fits,
     note,
     notes,
     out,
     out_json,
     plural,
+    sections,
     shape,
     size,
     table,
@@ -74,27 +76,24 @@ def register(app: typer.Typer, registry: Registry) -> None:
 
 def show_plan(plan: Plan, *, threads: int, json: bool) -> None:
     """Print a plan: a row for every tensor with its reason, then totals and notes."""
-    from monoquant_core.memory import working_bytes
+    from monoquant_core.memory import usable_cores, working_bytes
 
-    memory = working_bytes(plan, threads)
+    memory = working_bytes(plan, threads or usable_cores())
     if json:
         out_json({**plan.to_dict(), "working_memory_bytes": memory})
         return
     steps = plan.steps_of()
     rows = [_row(decision, steps[decision.spec.name]) for decision in plan.decisions]
     rows += [_derived(step) for step in plan.steps if not step.specs]
-    columns = [
-        Column("tensor", fold=True),
-        Column("shape"),
-        Column("from"),
-        Column("to", fold=True),
-        Column("before", right=True),
-        Column("after", right=True),
-        Column("reason", fold=True),
-    ]
     total = ["total", "", "", "", size(plan.bytes_before), size(sum(step.nbytes for step in plan.steps)), ""]
-    table(columns, rows, footer=total)
-    out()
+    if fits(COLUMNS, rows):
+        table(COLUMNS, rows, footer=total)
+        out()
+    else:
+        groups: dict[str, list[list[str]]] = {}
+        for name, dims, before, after, nbytes, left, reason in rows:
+            groups.setdefault(f"{before} -> {after}  {reason}", []).append([name, dims, nbytes, left])
+        sections([COLUMNS[0], COLUMNS[1], COLUMNS[4], COLUMNS[5]], groups)
     fields(totals(plan, memory))
     notes(plan.notes)
 
@@ -114,6 +113,16 @@ def totals(plan: Plan, memory: int) -> list[tuple[str, str]]:
     ]
 
 
+COLUMNS = (
+    Column("tensor", fold=True),
+    Column("shape"),
+    Column("from"),
+    Column("to", fold=True),
+    Column("before", right=True),
+    Column("after", right=True),
+    Column("reason", fold=True),
+)
+
 _ACTIONS = {
     "quantize": "quantized",
     "cast": "cast",
@@ -129,11 +138,12 @@ def _row(decision: Decision, steps: list[Step]) -> list[str]:
     before = str(spec.encoding) if spec.encoding is not None else spec.dtype
     stored = " + ".join(dict.fromkeys(describe(step) for step in steps))
     if not steps:
-        after, nbytes = "left out", "-"
+        after, nbytes = "left out", "0 B"
     else:
         after = "kept" if stored == before else stored
         nbytes = size(sum(step.nbytes // max(1, len(step.specs)) for step in steps))
-    return [spec.name, shape(spec.shape), before, after, size(spec.nbytes), nbytes, decision.reason]
+    stored_bytes = "-" if spec.tied_to is not None else size(spec.nbytes)  # a tied name is the same bytes
+    return [spec.name, shape(spec.shape), before, after, stored_bytes, nbytes, decision.reason]
 
 
 def _derived(step: Step) -> list[str]:

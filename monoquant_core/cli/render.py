@@ -6,6 +6,7 @@ On a terminal tables are rich's; elsewhere a row is a line, aligned and never cu
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,24 @@ def _escape(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
 
 
+def fits(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether every row has a line of its own: always, except on a terminal that is too narrow."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return True
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(len(columns))]
+    return sum(widths) + (len(GAP) + 1) * len(widths) <= shutil.get_terminal_size().columns
+
+
+def sections(columns: Sequence[Column], groups: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    """Rows under headings, with the same columns throughout; for what would not fit as one table."""
+    cells = {title: [[printable(c) for c in row] for row in rows] for title, rows in groups.items()}
+    widths = [max(len(row[i]) for rows in cells.values() for row in rows) for i in range(len(columns))]
+    for title, rows in cells.items():
+        heading(printable(title))
+        out("\n".join(GAP + _aligned(columns, widths, row) for row in rows))
+        out()
+
+
 def table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, footer: Sequence[str] | None = None) -> None:
     """Print rows under their titles.
 
@@ -119,7 +138,7 @@ def _rich_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], footer
     console = Console(highlight=False)
     with console.capture() as captured:
         console.print(grid)
-    out(captured.get().rstrip("\n"))
+    out("\n".join(line.rstrip() for line in captured.get().splitlines()).strip("\n"))
 
 
 def heading(text: str) -> None:

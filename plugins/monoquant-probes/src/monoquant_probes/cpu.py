@@ -6,6 +6,7 @@ import os
 import platform
 
 from monoquant_core.declarations import NoOptions
+from monoquant_core.memory import usable_cores
 from monoquant_core.probes import Finding, ProbeResult
 from monoquant_probes import instructions, memory
 from monoquant_probes.names import WEIGHT_ONLY, gigabytes
@@ -23,7 +24,7 @@ class CpuProbe:
             sets, asked = instructions.instruction_sets()
             name = instructions.model_name()
             total, available = memory.memory()
-            cores = memory.usable_cores()
+            cores = usable_cores()
         except OSError as exc:
             return ProbeResult("cpu", True, f"{platform.machine()}; nothing more is known: {exc}")
         shown = ", ".join(sets) or "no instruction sets known"

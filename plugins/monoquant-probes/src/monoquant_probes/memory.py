@@ -70,13 +70,3 @@ def _windows_memory() -> tuple[int | None, int | None]:
     if not kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
         return None, None
     return int(status.total), int(status.available)
-
-
-def usable_cores() -> int:
-    """Cores this process may run on: its affinity, and a container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-        return max(1, min(cores, -(-int(quota) // int(period))))
-    except (OSError, ValueError):  # no such file, or "max"
-        return cores

@@ -50,7 +50,10 @@ machdep.cpu.leaf7_features: AVX2 AVX512F AVX512VNNI
         (instructions.cpuinfo_flags(HASWELL), ("avx", "avx2", "fma", "f16c")),
         (
             instructions.cpuinfo_flags(SAPPHIRE_RAPIDS),
-            tuple(["avx", "avx2", "fma", "f16c", "avx512", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"]),
+            (
+                *("avx", "avx2", "fma", "f16c", "avx512", "avx_vnni", "avx512_vnni"),
+                *("avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
+            ),
         ),
         (instructions.cpuinfo_flags(GRAVITON3), ("neon", "dotprod", "i8mm", "arm_bf16", "arm_fp16", "sve")),
         (instructions.sysctl_flags(M2), ("neon", "dotprod", "i8mm", "arm_bf16", "arm_fp16")),

@@ -1,0 +1,221 @@
+"""What the commands print, piece by piece: sizes, tables, JSON, progress and the summary of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from monoquant_core.cli import progress, render
+from monoquant_core.cli.progress import reporter
+from monoquant_core.cli.render import Column
+from monoquant_core.cli.summary import report_dict, show_report, shown_files
+from monoquant_core.report import Progress, Report, TensorReport
+
+UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}
+
+
+@given(st.integers(0, 10**17))
+def test_sizes_are_right_to_three_digits(nbytes: int) -> None:
+    number, unit = render.size(nbytes).split()
+    assert float(number) * UNITS[unit] == pytest.approx(nbytes, rel=0.006, abs=0.5)
+    assert len(number) <= 4 or unit == "PB"
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_499, "999 kB"), (999_500, "1 MB"), (90_946_720, "90.9 MB")],
+)
+def test_sizes(nbytes: int, text: str) -> None:
+    assert render.size(nbytes) == text
+
+
+def test_exact_sizes_have_every_digit() -> None:
+    assert render.exact(12) == "12 B"
+    assert render.exact(59_201_234) == "59.2 MB (59,201,234 bytes)"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (61, "1:01 min"), (7260, "2:01 h")])
+def test_durations(seconds: float, text: str) -> None:
+    assert render.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(math.inf, "exact"), (-math.inf, "no signal"), (math.nan, "no signal"), (31.25, "31.2 dB")]
+)
+def test_decibels(value: float, text: str) -> None:
+    assert render.decibels(value) == text
+
+
+@given(st.text())
+def test_nothing_printed_steers_the_terminal(text: str) -> None:
+    shown = render.printable(text)
+    assert all(c == "\n" or c.isprintable() for c in shown)
+    assert shown == text or not all(c == "\n" or c.isprintable() for c in text)
+
+
+def test_names_with_escape_sequences_are_shown_as_text() -> None:
+    assert render.printable("\x1b[2Jweight\r") == "\\x1b[2Jweight\\r"
+    assert render.printable("gewicht.größe") == "gewicht.größe"
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+def test_json_is_json_whatever_the_numbers(value: object) -> None:
+    text = json.dumps(render._jsonable(value), allow_nan=False)
+    assert json.loads(text) == render._jsonable(value)
+
+
+def test_tables_away_from_a_terminal_have_a_line_per_row_and_cut_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    columns = [Column("tensor", fold=True), Column("bytes", right=True)]
+    name = "layer." * 60 + "weight"
+    render.table(columns, [[name, "1 kB"], ["a\nb[1x*]", "20 kB"]], footer=["total", "21 kB"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if not line.startswith("-")] == [
+        ["tensor", "bytes"],
+        [name, "1", "kB"],
+        ["a", "b[1x*]", "20", "kB"],
+        ["total", "21", "kB"],
+    ]
+    assert len({line.rindex("kB") for line in lines if "kB" in line}) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_tables_on_a_terminal_fold_long_cells_and_read_no_markup() -> None:
+    code = (
+        "from monoquant_core.cli.render import Column, table\n"
+        "table([Column('tensor', fold=True), Column('to')], [['layer.' * 20, '[bold]int8[1x*]']])"
+    )
+    shown = on_terminal(code, columns=60)
+    assert "[bold]int8[1x*]" in shown
+    assert max(len(line) for line in shown.splitlines()) <= 60
+    assert "layer." * 20 in re.sub(r"[\s─]|\[bold\]int8\[1x\*\]", "", shown)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_sections_replace_a_table_that_is_too_wide() -> None:
+    code = (
+        "from monoquant_core.cli.render import Column, fits, sections\n"
+        "columns = [Column('tensor'), Column('bytes', right=True)]\n"
+        "print(fits(columns, [['x' * 70, '1']]), fits(columns, [['x' * 30, '1']]))\n"
+        "sections(columns, {'float32 -> kept': [['a', '1 B'], ['bb', '10 B']]})"
+    )
+    shown = on_terminal(code, columns=60).splitlines()
+    assert shown[0].split() == ["False", "True"]
+    assert shown[1:4] == ["float32 -> kept", "  a    1 B", "  bb  10 B"]
+
+
+def on_terminal(code: str, columns: int) -> str:
+    """What a program prints on a terminal that wide, without colours."""
+    import pty
+
+    parent, child = pty.openpty()
+    env = {**os.environ, "COLUMNS": str(columns), "LINES": "40", "TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=child, stderr=subprocess.PIPE, env=env)
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            read = os.read(parent, 65536)
+        except OSError:  # how Linux says that the other side is closed
+            break
+        if not read:
+            break
+        shown += read
+    os.close(parent)
+    assert process.wait() == 0, process.stderr.read() if process.stderr else ""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r\n", "\n")
+
+
+def events(stage: str = "write") -> list[Progress]:
+    return [Progress(stage, f"t{i}", i * 1_000_000, 4_000_000) for i in range(1, 5)]  # type: ignore[arg-type]
+
+
+def test_progress_is_lines_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    with reporter(quiet=False) as callback:
+        assert callback is not None
+        for event in events():
+            callback(event)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(r", .*/s, .* left", "", line) for line in lines] == [
+        f"quantizing: {i} MB of 4 MB" for i in range(1, 5)
+    ]
+    assert re.search(r"/s, 0\.0 s left$", lines[-1])
+
+
+def test_progress_is_quiet_for_short_runs_and_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with reporter(quiet=False) as callback:
+        for event in events():
+            callback(event)  # type: ignore[misc]
+    with reporter(quiet=True) as callback:
+        assert callback is None
+    assert capsys.readouterr() == ("", "")
+
+
+def report() -> Report:
+    tensors = (
+        TensorReport("a.weight", "quantize", "pack-quantized", 100, signal=1000.0, noise=1.0, max_error=0.5),
+        TensorReport("b.weight", "quantize", "pack-quantized", 100, signal=1000.0, noise=10.0, max_error=0.7),
+        TensorReport("b.bias", "keep", "float32", 10, signal=1.0, noise=0.0),
+    )
+    return Report(
+        destination=Path("out"),
+        files={"model.safetensors": 250_000, "config.json": 1000},
+        source_bytes=1_004_000,
+        tensors=tensors,
+        seconds=2.0,
+        start_bytes=200_000_000,
+        peak_bytes=230_000_000,
+        predicted_bytes=40_000_000,
+        threads=2,
+        device="cpu",
+        notes=("transformers decompresses it",),
+    )
+
+
+def test_summary_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    show_report(report(), json=False)
+    text = capsys.readouterr().out
+    assert text.startswith("wrote out\n")
+    for expected in (
+        "1 MB -> 251 kB (251,000 bytes), 4.00x smaller",
+        "model.safetensors  250 kB",
+        "22.6 dB over 2 changed tensors",  # 10 log10(2000 / 11)
+        "20.0 dB  b.weight  (pack-quantized, largest error 0.7)",
+        "2.0 s, 502 kB/s, 2 threads",
+        "30 MB at its peak above the start's 200 MB; 40 MB predicted",
+        "- transformers decompresses it",
+    ):
+        assert expected in text
+    assert text.index("b.weight") < text.index("a.weight"), "the worst comes first"
+
+
+def test_summary_as_json_has_the_same_numbers() -> None:
+    found = report_dict(report())
+    assert found["bytes"] == 251_000
+    assert found["sqnr_db"] == pytest.approx(10 * math.log10(2000 / 11))
+    assert [t["name"] for t in found["tensors"]] == ["a.weight", "b.weight", "b.bias"]
+    assert found["tensors"][2]["sqnr_db"] == math.inf
+
+
+def test_many_files_are_summed_up() -> None:
+    files = {f"model-{i:05}.safetensors": 1000 + i for i in range(20)}
+    shown = shown_files(files)
+    assert len(shown) == 12
+    assert shown[0] == ("model-00019.safetensors", 1019)
+    assert shown[-1][0] == "and 9 more"
+    assert sum(n for _, n in shown) == sum(files.values())

@@ -116,10 +116,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     x, y = _bytes(a), _bytes(b)
-    words = 0 if x.storage_offset() % 8 or y.storage_offset() % 8 else x.numel() & ~7
-    # As words it is ten times faster than as bytes.
-    same = torch.equal(x[:words].view(torch.int64), y[:words].view(torch.int64))
-    return same and torch.equal(x[words:], y[words:])
+    if not (x.storage_offset() % 8 or y.storage_offset() % 8 or x.numel() % 8):
+        x, y = x.view(torch.int64), y.view(torch.int64)  # ten times faster than as bytes
+    return torch.equal(x, y)
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -247,6 +247,12 @@ def test_same_bits() -> None:
     assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.float64))
     assert not same_bits(torch.zeros(2), torch.zeros(1, 2))
     assert same_bits(torch.zeros(4, 4).t(), torch.zeros(4, 4))
+    for start, stop in ((0, 8), (1, 9), (1, 8), (3, 4)):  # at odd places in memory, of odd lengths
+        values = torch.arange(10.0)[start:stop]
+        assert same_bits(values, values.clone())
+        changed = values.clone()
+        changed[-1] += 1
+        assert not same_bits(values, changed)
     assert same_bits(torch.tensor(1.5), torch.tensor(1.5))
     assert same_bits(torch.empty(0), torch.empty(0))
     assert same_bits(torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16))

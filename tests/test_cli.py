@@ -16,6 +16,7 @@ Install = Callable[[str, str], dict[str, str]]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 COMMANDS = ("quantize", "export", "plan", "inspect", "compare", "doctor", "schemes", "formats", "recipes", "plugins")
+COMMANDS += ("conformance",)
 BARE = {"MONOQUANT_DISABLED_PLUGINS": "int,float,safetensors,probes,onnx,gguf,calibration"}
 
 TERNARY = """

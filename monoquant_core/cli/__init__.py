@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from monoquant_core.cli import signals
 
 OK, REFUSED, INTERNAL = 0, 2, 3
-BROKEN_PIPE = 141  #: what a shell reports for a program that SIGPIPE ended
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status, the only place that knows them.
 
-    0; 2 for usage errors and refusals (``error:`` and ``hint:`` on stderr); 3 for a bug (traceback); 130 on Ctrl-C;
-    143 on SIGTERM; 141 when the reader of stdout went away.
+    0; 1 when ``conformance`` found a fault; 2 for usage errors and refusals (``error:`` and ``hint:`` on stderr); 3 for
+    a bug (traceback); 130 on Ctrl-C; 143 on SIGTERM; 141 when the reader of stdout went away.
     """
     try:
         signals.install()
@@ -24,7 +23,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except signals.Quit as quit:
         status = quit.status
     except BrokenPipeError:
-        status = BROKEN_PIPE
+        status = signals.BROKEN_PIPE
     except OSError as exc:
         status = _refuse(f"standard output: {exc.strerror or exc}")
     _settle()

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from monoquant_core.cli.signals import Quit
+from monoquant_core.cli.signals import BROKEN_PIPE, Quit
 from monoquant_core.errors import OutputError
 
 GAP = "  "
-BROKEN_PIPE = 141
 RICH_ROWS = 2000  #: above, rich's layout would take longer than the plan itself
 
 

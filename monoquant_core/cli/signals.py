@@ -5,6 +5,7 @@ import signal
 import threading
 from types import FrameType
 
+BROKEN_PIPE = 141  #: what a shell reports for a program that SIGPIPE ended
 GRACE_SECONDS = 4.0  #: for partial files to be removed; PROMISES 6 allows five seconds in all
 
 _leaving = False

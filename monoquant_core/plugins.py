@@ -64,6 +64,12 @@ class Loaded:
     version: str
 
 
+def _manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
 @dataclass
 class Registry:
     """Everything that installed plugins declare. Keys are lower case; a declaration keeps its own spelling."""
@@ -79,7 +85,7 @@ class Registry:
     loaded: list[Loaded] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     origins: dict[tuple[str, str], str] = field(default_factory=dict)  #: (hook, key) -> plugin
-    manager: pluggy.PluginManager = field(default_factory=lambda: pluggy.PluginManager(hookspecs.PROJECT))
+    manager: pluggy.PluginManager = field(default_factory=_manager)
 
     def scheme(self, name: str) -> SchemeDeclaration:
         """The scheme of that name or alias, in any case.
@@ -143,7 +149,6 @@ def load_registry(extra: tuple[object, ...] = (), *, found: Iterable[EntryPoint]
     :raises PluginError: only with ``MONOQUANT_STRICT_PLUGINS``.
     """
     registry = Registry()
-    registry.manager.add_hookspecs(hookspecs)
     disabled = {name.strip() for name in os.environ.get("MONOQUANT_DISABLED_PLUGINS", "").split(",")}
     candidates: list[tuple[Loaded, object]] = [(Loaded(getattr(p, "__name__", repr(p)), "-", "-"), p) for p in extra]
     points = entry_points(group=hookspecs.PROJECT) if found is None else found

@@ -268,8 +268,8 @@ class Dated(Plain):
 SABOTAGE: list[tuple[Callable[[], Plain], str, str]] = [
     (NoUnpack, "test_satisfies_the_protocol", "unpack is not a method"),
     (DropsSilently, "test_accounts_for_every_tensor", "dropped without a reason"),
-    (LosesOne, "test_accounts_for_every_tensor", ""),
-    (TwoOfOneName, "test_accounts_for_every_tensor", ""),
+    (LosesOne, "test_accounts_for_every_tensor", "tensors that no output takes"),
+    (TwoOfOneName, "test_accounts_for_every_tensor", "two outputs of one name"),
     (Raises, "test_verdict_answers_for_everything", "uint8"),
     (NoReason, "test_verdict_answers_for_everything", "refused without a reason"),
     (HoldsAnother, "test_holds_is_what_was_proposed", "holds int8[1x*]*float32"),
@@ -282,7 +282,7 @@ SABOTAGE: list[tuple[Callable[[], Plain], str, str]] = [
     (StoresTwice, "test_files_place_every_part_once", "is stored twice"),
     (Dated, "test_files_place_every_part_once", "other files the second time"),
     (Changes, "test_holds_means_it", "reads back as something else"),
-    (RoundsFloats, "test_floats_are_kept_bit_for_bit", ""),
+    (RoundsFloats, "test_floats_are_kept_bit_for_bit", "does not unpack to the same bits"),
     (Dated, "test_bytes_are_the_same", "bytes depend on threads or chunks"),
 ]
 

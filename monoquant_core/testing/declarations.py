@@ -84,12 +84,12 @@ class PluginConformance:
 
     plugin = ""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def registry(self) -> Registry:
         """What is installed."""
         return load_registry()
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def declared(self, registry: Registry) -> list[tuple[str, Declaration]]:
         """Hook and declaration of everything that the plugin declares."""
         return list(declared_by(registry, self.plugin))

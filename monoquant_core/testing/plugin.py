@@ -38,13 +38,19 @@ def monoquant_registry() -> Registry:
     return load_registry()
 
 
-def chosen_classes() -> dict[str, type]:
-    """Test classes for everything that the chosen plugin declares, by name."""
-    if not _chosen:
-        return {}
+def chosen_plugin() -> str:
+    """What ``--monoquant-plugin`` names, or nothing."""
+    return _chosen
+
+
+def conformance_classes(plugin: str) -> dict[str, type]:
+    """Test classes for everything that an installed plugin declares: ``globals().update(conformance_classes("int"))``.
+
+    Schemes, calibrators and formats run with their default options and with each option changed alone.
+    """
     registry = load_registry()
-    classes: dict[str, type] = {"TestPlugin": type("TestPlugin", (PluginConformance,), {"plugin": _chosen})}
-    for hook, declaration in declared_by(registry, _chosen):
+    classes: dict[str, type] = {"TestPlugin": type("TestPlugin", (PluginConformance,), {"plugin": plugin})}
+    for hook, declaration in declared_by(registry, plugin):
         make = _CLASSES.get(hook)
         if make is not None:
             word = hook.removeprefix("monoquant_register_").removesuffix("s").title()

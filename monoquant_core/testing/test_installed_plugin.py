@@ -1,5 +1,6 @@
 """What ``monoquant conformance NAME`` runs: the kit, on everything that an installed plugin declares."""
 
-from monoquant_core.testing.plugin import chosen_classes
+from monoquant_core.testing.plugin import chosen_plugin, conformance_classes
 
-globals().update(chosen_classes())
+if chosen_plugin():
+    globals().update(conformance_classes(chosen_plugin()))

@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 
+from monoquant_core import testing
 from monoquant_core.cli.app import build_app
 from monoquant_core.cli.catalog import BUILT_IN_RECIPES, describe
 from monoquant_core.plugins import TABLES, Registry, load_registry
@@ -56,6 +57,8 @@ API's dictionaries (`options={"group_size": 64}`). `monoquant schemes show NAME`
 the same for whatever is installed. Names and aliases compare case-insensitively.
 """
 
+BEGIN, END = "<!-- begin generated: make docs -->", "<!-- end generated -->"
+
 #: attribute of the Registry -> title and introduction, in the order of the page
 SECTIONS = {
     "schemes": ("Schemes", "Chosen by `--scheme`, by `--set` and by a recipe's rules."),
@@ -81,7 +84,21 @@ def main() -> int:
 def pages() -> dict[Path, str]:
     """Every generated page, complete."""
     registry = own_registry()
-    return {DOCS / "cli.md": cli_page(registry), DOCS / "options.md": options_page(registry)}
+    kit = DOCS / "plugins" / "testing.md"
+    return {
+        DOCS / "cli.md": cli_page(registry),
+        DOCS / "options.md": options_page(registry),
+        kit: between_marks(kit, kit_tables()),
+    }
+
+
+def between_marks(path: Path, content: str) -> str:
+    """A page with its generated part replaced."""
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        sys.exit(f"error: {path}: no {BEGIN} ... {END}")
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def own_registry() -> Registry:
@@ -138,6 +155,16 @@ def options_page(registry: Registry) -> str:
                 rows = [_option_row(o) for o in entry["options"]]
                 blocks.append(_table(("option", "flag", "type", "default", "meaning"), rows))
     return "\n\n".join(blocks) + "\n"
+
+
+def kit_tables() -> str:
+    """What every class of the conformance kit asserts, from the docstrings of its tests."""
+    blocks = []
+    for name in testing.__all__:
+        tests = {n: f for n, f in vars(getattr(testing, name)).items() if n.startswith("test_")}
+        rows = [(f"`{n}`", (f.__doc__ or "").replace("``", "`")) for n, f in tests.items()]
+        blocks += [f"### {name}", _table(("test", "asserts"), rows)]
+    return "\n\n".join(blocks)
 
 
 def _origin(registry: Registry, attribute: str, name: str) -> str:

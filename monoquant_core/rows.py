@@ -56,9 +56,10 @@ def chunk_shape(shape: Shape, rows: range) -> Shape:
 def chunks(shape: Shape, quantum: int, max_elements: int) -> Iterator[range]:
     """Cut a tensor into chunks of whole quanta, of about ``max_elements`` elements, in order.
 
-    A chunk is never smaller than one quantum. A tensor without elements is one empty chunk.
+    A chunk starts at a multiple of the quantum and, the last one apart, has a multiple of it. A tensor without
+    elements is one empty chunk.
 
-    :param quantum: rows that must stay together; it divides the rows below some axis, or is a run of indices on one.
+    :param quantum: rows that must stay together.
     """
     count = row_count(shape)
     if count == 0 or row_length(shape) == 0:
@@ -70,12 +71,11 @@ def chunks(shape: Shape, quantum: int, max_elements: int) -> Iterator[range]:
     limit = max(1, max_elements // row_length(shape))
     inner = 1
     for axis in range(len(shape) - 2, -1, -1):
-        extent = shape[axis]
-        outer = inner * extent
-        # The axis to range over: the whole of it no longer fits, or its quanta do not.
-        if outer > max(limit, quantum) or axis == 0:
-            step = max(limit // quantum, 1) * quantum if inner <= quantum else max(limit // inner, 1) * inner
-            step = min(max(step, inner), outer)
+        outer = inner * shape[axis]
+        # The axis to range over: all of it no longer fits, and quanta start anew with each of its ranges.
+        if axis == 0 or (outer > limit and outer % quantum == 0):
+            unit = math.lcm(inner, quantum)
+            step = min(max(limit // unit, 1) * unit, outer)
             for start in range(0, count, outer):
                 for first in range(start, start + outer, step):
                     yield range(first, min(first + step, start + outer))

@@ -1,0 +1,648 @@
+"""Carries out a plan: reads rows, quantizes, packs, checks and writes them at offsets that are known beforehand.
+
+A task is a range of rows of one output. Tasks run on threads, each with buffers of its own; neither the number of
+threads nor the size of the chunks changes a byte. A journal of finished tasks would be written where their results
+arrive, in :meth:`_Workers.map`, and read where the tasks of a run are listed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+
+from monoquant_core.check import (
+    Mismatch,
+    check_params,
+    check_quantized,
+    first_nonfinite,
+    magnitude,
+    measure,
+    square_sum,
+)
+from monoquant_core.commit import Destination
+from monoquant_core.encoding import Encoding
+from monoquant_core.errors import (
+    CalibrationError,
+    CheckError,
+    DeviceError,
+    EncodingError,
+    PlanError,
+    QuantizationError,
+)
+from monoquant_core.exporters import Exporter, Part
+from monoquant_core.gather import Rows, join, read_rows
+from monoquant_core.memory import (
+    CHUNK_ELEMENTS,
+    check_steps,
+    peak_bytes,
+    resident_bytes,
+    task_ranges,
+    usable_cores,
+    working_bytes,
+)
+from monoquant_core.metrics import Energies, energies
+from monoquant_core.model import ModelInfo, Source, TensorSpec
+from monoquant_core.planning import Decision, Plan, Step
+from monoquant_core.reencode import reencode
+from monoquant_core.report import Progress, ProgressCallback, Report, TensorReport
+from monoquant_core.rows import chunks, quantum, row_count, row_length
+from monoquant_core.schemes import Context
+from monoquant_core.scratch import Scratch
+from monoquant_core.stats import TensorStats
+from monoquant_core.tensor import QuantizedTensor, dtype_name, dtype_of, same_bits
+
+DEVICE_CHUNKS = 64  #: a task for an accelerator is this many times larger
+QUEUED = 2  #: tasks per thread that are handed out at a time
+POLL_SECONDS = 0.25  #: how long a signal may have to wait for the main thread
+
+ALLOW = "--nonfinite allow keeps it as it is"
+
+T = TypeVar("T")
+I = TypeVar("I")  # noqa: E741
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a plan is carried out. None of it changes the bytes."""
+
+    threads: int = 0  #: 0 is one per usable core
+    chunk_elements: int = CHUNK_ELEMENTS
+    device: str = "cpu"
+    force: bool = False  #: replace what is there
+    nonfinite: Literal["refuse", "allow"] = "refuse"  #: NaN and infinity in tensors that are not quantized
+
+
+def write(
+    plan: Plan,
+    source: Source,
+    destination: Path,
+    options: RunOptions = RunOptions(),
+    *,
+    stats: Mapping[str, TensorStats] | None = None,
+    progress: ProgressCallback | None = None,
+) -> Report:
+    """Write the files of a plan. The destination holds what it held before, or the complete new output.
+
+    :param stats: calibration statistics by source tensor's name.
+    :param progress: called from this thread.
+    :raises MonoquantError: naming the file and the tensor.
+    """
+    if plan.exporter is None or not plan.files:
+        raise PlanError(f"{plan.info.name}: a plan without a format cannot be written")
+    began, start_bytes = time.perf_counter(), resident_bytes()
+    threads, device = _threads(options), find_device(options.device)
+    works = _works(plan.steps, options, device, stats)
+    places = _places(plan)
+    protect = [*plan.info.paths, *plan.info.side_files.values()]
+    tell = progress or (lambda _: None)
+    with (
+        Destination(destination, plan.files, force=options.force, sources=protect) as out,
+        _Workers(threads) as workers,
+    ):
+        rows = _RowWorker(source, options, device)
+        _scan(works, rows, workers, tell)
+        _compare_ties(plan.decisions, source, workers)
+        store = _Store(plan.exporter, out, places, workers, plan.info)
+        tasks = [(work, r) for work in works for r in work.ranges]
+        meter = _Meter("write", tasks, tell)
+
+        def task(item: _Task, scratch: Scratch) -> Energies:
+            with item[0].telling_others(item[1]):
+                value, found = rows.make(item, scratch)
+                store.put(item, value)
+            return found
+
+        measured = workers.map(task, tasks, meter.finished)
+        tell(Progress("sync", "", meter.total, meter.total))
+        notes = out.commit()
+        sizes = out.sizes()
+    tell(Progress("done", "", meter.total, meter.total))
+    return Report(
+        destination=destination,
+        files=sizes,
+        source_bytes=plan.bytes_before,
+        tensors=_tensor_reports(tasks, measured),
+        seconds=time.perf_counter() - began,
+        start_bytes=start_bytes,
+        peak_bytes=peak_bytes(),
+        predicted_bytes=working_bytes(plan, threads, _chunk_elements(options, device)),
+        threads=threads,
+        device=str(device),
+        notes=(*plan.notes, *notes),
+    )
+
+
+def compute(
+    step: Step,
+    source: Source,
+    *,
+    stats: Mapping[str, TensorStats] | None = None,
+    options: RunOptions = RunOptions(),
+) -> QuantizedTensor | torch.Tensor:
+    """One whole output in memory: what :func:`write` would pack, checked in the same way.
+
+    :raises MonoquantError: naming the file and the tensor.
+    """
+    device = find_device(options.device)
+    (work,) = _works([step], options, device, stats)
+    with _Workers(_threads(options)) as workers:
+        rows = _RowWorker(source, options, device)
+        _scan([work], rows, workers, lambda _: None)
+        tasks = [(work, r) for r in work.ranges]
+        made = workers.map(lambda item, scratch: _owned(rows.make(item, scratch)[0]), tasks)
+    return join(made, step.placed.output.shape)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, tried out.
+
+    :raises DeviceError: saying which devices there are.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).add_(1).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as exc:
+        here = ["cpu"]
+        if torch.accelerator.is_available() and (found := torch.accelerator.current_accelerator()) is not None:
+            here += [f"{found.type}:{i}" for i in range(torch.accelerator.device_count())]
+        reason = str(exc).strip().partition("\n")[0]
+        raise DeviceError(f"no device {name!r} here: {reason}", hint=f"there is: {', '.join(here)}") from exc
+    return device
+
+
+class _Work:
+    """A step with what its tasks share."""
+
+    def __init__(self, step: Step, ranges: list[range], stats: TensorStats | None, device: torch.device) -> None:
+        self.step, self.ranges, self.stats = step, ranges, stats
+        self.absmax: float | None = None
+        # Parts per tensor come with the first task, and the check of every other one needs them.
+        per_tensor = any(part.per == "tensor" for part in step.placed.parts)
+        self.shared: Future[dict[str, torch.Tensor]] | None = Future() if per_tensor and len(ranges) > 1 else None
+        proposal = step.placed.proposal
+        self.needs: frozenset[str] = proposal.needs if proposal is not None else frozenset()
+        self.importance = self._importance(device) if step.action == "quantize" else None
+
+    @property
+    def name(self) -> str:
+        """What the user calls it: the name of its source, if it has just one."""
+        return self.step.specs[0].name if len(self.step.specs) == 1 else self.step.placed.output.name
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The tensor that is quantized, as the scheme saw it in planning."""
+        out, specs = self.step.placed.output, self.step.specs
+        if len(specs) == 1 and specs[0].shape == out.shape:
+            return specs[0]
+        return dataclasses.replace(
+            specs[0], name=out.name, shape=out.shape, dtype=out.dtype, encoding=None, nbytes_stored=None
+        )
+
+    @property
+    def wants_absmax(self) -> bool:
+        """Whether a first pass must tell the largest magnitude."""
+        return self.step.action == "quantize" and "absmax" in self.needs
+
+    @contextlib.contextmanager
+    def telling_others(self, rows: range) -> Iterator[None]:
+        """Let the tasks that wait for the first one know when it failed."""
+        try:
+            yield
+        except BaseException as exc:
+            if rows.start == 0 and self.shared is not None and not self.shared.done():
+                self.shared.set_exception(exc)
+            raise
+
+    def _importance(self, device: torch.device) -> torch.Tensor | None:
+        importance = self.stats.importance if self.stats is not None else None
+        if importance is None:
+            if "importance" in self.needs:
+                raise CalibrationError(f"{self.name}: {self.step.scheme} needs the importance of its columns")
+            return None
+        return importance.to(device)
+
+
+_Task = tuple[_Work, range]
+_Place = tuple[int, int, Part]  #: file, first byte in it, part
+
+
+class _RowWorker:
+    """Reads rows and makes of them what is to be stored."""
+
+    def __init__(self, source: Source, options: RunOptions, device: torch.device) -> None:
+        self.source, self.device, self.nonfinite = source, device, options.nonfinite
+
+    def make(self, task: _Task, scratch: Scratch) -> tuple[Rows, Energies]:
+        """The rows of a task as they are stored, and how far they are from their source. Checked."""
+        work, rows = task
+        with self._naming(work, rows):
+            value = read_rows(work.step, self.source, rows, scratch).to(self.device)
+            if isinstance(value, QuantizedTensor):
+                return self._repacked(value, work)
+            if work.step.action == "quantize":
+                return self._quantized(value, work, rows, scratch)
+            return self._floats(value, work, rows, scratch)
+
+    def absmax(self, task: _Task, scratch: Scratch) -> float:
+        """Largest magnitude of the rows of a task."""
+        work, rows = task
+        with self._naming(work, rows):
+            value = read_rows(work.step, self.source, rows, scratch)
+            assert isinstance(value, torch.Tensor)
+            found = magnitude(value, scratch)
+            if not math.isfinite(found):
+                raise self._refusal(value, first_nonfinite(value), work, rows, ", which no scheme can quantize")
+            return found
+
+    def _quantized(self, value: torch.Tensor, work: _Work, rows: range, scratch: Scratch) -> tuple[Rows, Energies]:
+        step, proposal, quantizer = work.step, work.step.placed.proposal, work.step.quantizer
+        assert proposal is not None
+        assert quantizer is not None
+        made, held = proposal.encoding, step.placed.held.encoding
+        assert isinstance(made, Encoding)
+        assert held is not None
+        x = value
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            x = scratch.take("engine.float", x.shape, torch.float32, x.device).copy_(x)
+        signal = square_sum(x)
+        if not math.isfinite(signal):
+            raise self._refusal(value, first_nonfinite(x), work, rows, ", which no scheme can quantize")
+        absmax = work.absmax
+        if work.wants_absmax and absmax is None:
+            absmax = magnitude(value, scratch)
+        context = Context(work.spec, rows, scratch, absmax, work.importance)
+        if "ranges" in work.needs:
+            context.extra = {"stats": work.stats}
+        q = quantizer.quantize(x, made, context)
+        if q.encoding != made or q.shape != tuple(x.shape):
+            raise Mismatch(f"{step.scheme} made {q.shape} of {q.encoding}, and promised {tuple(x.shape)} of {made}")
+        if made != held:
+            q = reencode(q, held)
+        return q, check_quantized(x, q, signal, scratch, nearest=quantizer.nearest, keeps_zero=quantizer.keeps_zero)
+
+    def _repacked(self, value: QuantizedTensor, work: _Work) -> tuple[Rows, Energies]:
+        held = work.step.placed.held.encoding
+        assert held is not None
+        if self.nonfinite == "refuse":
+            check_params(value)
+        made = reencode(value, held)
+        if value.encoding == held or not made.codes.numel():
+            return made, Energies()
+        if not same_bits(made.codes, value.codes):
+            raise Mismatch("its codes changed")
+        check_params(made)
+        before, after = value.dequantize(), made.dequantize()
+        if bool(((after == 0) & (before != 0)).any()):
+            raise Mismatch(f"parameters of {held} are too narrow: values became zero")
+        return made, measure(before, after)
+
+    def _floats(self, value: torch.Tensor, work: _Work, rows: range, scratch: Scratch) -> tuple[Rows, Energies]:
+        dtype = dtype_of(work.step.placed.output.dtype)
+        if work.step.action == "derive" and value.dtype != dtype:
+            raise PlanError(f"{work.name}: the format's transform made {value.dtype} of {dtype}: a bug of the format")
+        if value.dtype == dtype:
+            if self.nonfinite == "refuse" and not math.isfinite(magnitude(value, scratch)):
+                raise self._refusal(value, first_nonfinite(value), work, rows, hint=ALLOW)
+            return value, Energies()
+        made = scratch.take("engine.cast", value.shape, dtype, value.device).copy_(value)
+        if not (value.is_floating_point() and made.is_floating_point()):
+            if not torch.equal(made.to(value.dtype), value):
+                raise Mismatch(f"has values that {dtype_name(dtype)} does not hold")
+            return made, Energies()
+        finite = math.isfinite(magnitude(made, scratch))
+        if not finite:
+            lost = ~made.isfinite() & value.isfinite()
+            if bool(lost.any()):
+                index = int(lost.reshape(-1).to(torch.uint8).argmax())
+                raise self._refusal(value, index, work, rows, f", which does not fit {dtype_name(dtype)}")
+            if self.nonfinite == "refuse":
+                raise self._refusal(value, first_nonfinite(value), work, rows, hint=ALLOW)
+        if not finite or torch.float64 in (value.dtype, dtype):
+            return made, energies(value, made)
+        source = scratch.take("engine.float", value.shape, torch.float32, value.device).copy_(value)
+        return made, measure(source, scratch.take("check.values", value.shape, torch.float32, value.device).copy_(made))
+
+    @contextlib.contextmanager
+    def _naming(self, work: _Work, rows: range) -> Iterator[None]:
+        """Say of which tensor of which file an error is."""
+        try:
+            yield
+        except Mismatch as exc:
+            where = _element(work.step.placed.output.shape, rows, exc.index)
+            raise CheckError(
+                f"{self.source.info.name}: {work.name}{where} {exc.reason}",
+                hint=f"leave it as it is: --keep '{work.name}'",
+            ) from exc
+        except EncodingError as exc:
+            raise CheckError(
+                f"{self.source.info.name}: {work.name}: {exc}", hint=f"leave it as it is: --keep '{work.name}'"
+            ) from exc
+        except QuantizationError as exc:
+            if self.source.info.name in str(exc):
+                raise
+            raise QuantizationError(f"{self.source.info.name}: {exc}", hint=exc.hint) from exc
+        except torch.OutOfMemoryError as exc:
+            raise DeviceError(
+                f"{self.device}: out of memory for {work.name}", hint="fewer --threads, or another --device"
+            ) from exc
+
+    def _refusal(
+        self, value: torch.Tensor, index: int, work: _Work, rows: range, reason: str = "", hint: str = ""
+    ) -> QuantizationError:
+        where = _element(work.step.placed.output.shape, rows, index)
+        return QuantizationError(
+            f"{self.source.info.name}: {work.name}{where} is {value.reshape(-1)[index].item()}{reason}",
+            hint=hint or f"leave it as it is: --keep '{work.name}' (with --nonfinite allow for NaN and infinity)",
+        )
+
+
+class _Store:
+    """Packs rows, checks that they unpack to what they were, and writes them."""
+
+    def __init__(
+        self,
+        exporter: Exporter,
+        out: Destination,
+        places: Mapping[str, Mapping[str, _Place]],
+        workers: _Workers,
+        info: ModelInfo,
+    ) -> None:
+        self.exporter, self.out, self.places, self.workers, self.info = exporter, out, places, workers, info
+
+    def put(self, task: _Task, value: Rows) -> None:
+        """Store the rows of a task.
+
+        :raises CheckError: when they do not unpack to the same bits.
+        :raises OutputError: when they cannot be written.
+        """
+        work, rows = task
+        packed, known = self._packed(work, rows, value)
+        placed = work.step.placed
+        back = self.exporter.unpack({**packed, **known}, placed.output, placed.held, rows.start)
+        if not _same(value, back):
+            raise CheckError(
+                f"{self.info.name}: {work.name}: packed as {placed.held.layout}, it does not unpack to the same bits",
+                hint=f"leave it as it is: --keep '{work.name}'",
+            )
+        for name, tensor in packed.items():
+            file, start, part = self.places[placed.output.name][name]
+            first, _ = part.span(row_count(placed.output.shape), rows)
+            if part.per == "rows" or rows.start == 0:
+                self._write(file, start + first, tensor)
+
+    def _packed(self, work: _Work, rows: range, value: Rows) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The parts of these rows, and those of the whole tensor as its first rows gave them."""
+        placed = work.step.placed
+        packed = dict(self.exporter.pack(value, placed.output, placed.held, rows.start))
+        self._check_parts(work, rows, packed)
+        if work.shared is None:
+            return packed, {}
+        if rows.start == 0:
+            known = {part.name: packed[part.name].clone() for part in placed.parts if part.per == "tensor"}
+            work.shared.set_result(known)
+        return packed, work.shared.result()
+
+    def _check_parts(self, work: _Work, rows: range, packed: Mapping[str, torch.Tensor]) -> None:
+        placed, total = work.step.placed, row_count(work.step.placed.output.shape)
+        wrong = sorted(set(packed) - {part.name for part in placed.parts})
+        for part in placed.parts:
+            tensor = packed.get(part.name)
+            if tensor is None:
+                if part.per == "rows" or rows.start == 0:
+                    wrong.append(part.name)
+                continue
+            nbytes = tensor.numel() * tensor.element_size()
+            if dtype_name(tensor.dtype) != part.dtype or nbytes != part.span(total, rows)[1]:
+                wrong.append(part.name)
+        if wrong:
+            raise CheckError(
+                f"{self.info.name}: {work.name}: the format packed parts {wrong} otherwise than it announced: "
+                "a bug of the format"
+            )
+
+    def _write(self, file: int, offset: int, tensor: torch.Tensor) -> None:
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        if self.workers.stopped.is_set():  # the files may be gone
+            raise _Stopped
+        self.out.write_at(file, offset, data)
+
+
+class _Stopped(Exception):
+    """A task that was under way when the run was given up."""
+
+
+class _Workers:
+    """Threads for tasks, each with buffers of its own; torch's own threads rest meanwhile.
+
+    :raises MonoquantError: from :meth:`map`, the failure of the first task in order that failed.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.stopped = threading.Event()
+        self._local = threading.local()
+
+    def __enter__(self) -> _Workers:
+        # Process-wide, and for the threads that start from now on.
+        self._torch_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self._pool = ThreadPoolExecutor(self.threads, "monoquant")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        try:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        finally:
+            torch.set_num_threads(self._torch_threads)
+
+    def map(
+        self,
+        function: Callable[[I, Scratch], T],
+        items: Sequence[I],
+        finished: Callable[[I], None] = lambda _: None,
+    ) -> list[T]:
+        """Results in the order of the items. A few tasks are handed out at a time, in order.
+
+        :param finished: called in this thread after each task.
+        """
+        results: dict[int, T] = {}
+        failures: dict[int, BaseException] = {}
+        running: dict[Future[T], int] = {}
+        waiting = iter(enumerate(items))
+        while True:
+            while not failures and len(running) < QUEUED * self.threads:
+                following = next(waiting, None)
+                if following is None:
+                    break
+                running[self._pool.submit(self._call, function, following[1])] = following[0]
+            if not running:
+                break
+            # A wait without end cannot be interrupted everywhere.
+            done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            for future in sorted(done, key=running.__getitem__):
+                index = running.pop(future)
+                if failure := future.exception():
+                    failures[index] = failure
+                    continue
+                results[index] = future.result()
+                finished(items[index])
+        if failures:  # tasks start in order, so that the first failure does not depend on threads
+            raise failures[min(failures)]
+        return [results[i] for i in range(len(items))]
+
+    def _call(self, function: Callable[[I, Scratch], T], item: I) -> T:
+        scratch = getattr(self._local, "scratch", None)
+        if scratch is None:
+            scratch = self._local.scratch = Scratch()
+        with torch.no_grad():
+            return function(item, scratch)
+
+
+class _Meter:
+    """Turns finished tasks into progress, by the bytes of their sources."""
+
+    def __init__(self, stage: Literal["scan", "write"], tasks: Sequence[_Task], tell: ProgressCallback) -> None:
+        self.stage, self.tell, self.done = stage, tell, 0
+        self.total = sum(map(_source_bytes, tasks))
+
+    def finished(self, task: _Task) -> None:
+        """Count a task."""
+        self.done += _source_bytes(task)
+        self.tell(Progress(self.stage, task[0].step.placed.output.name, self.done, self.total))
+
+
+def _threads(options: RunOptions) -> int:
+    if options.threads < 0 or options.chunk_elements < 1:
+        raise PlanError(f"threads {options.threads} and chunk elements {options.chunk_elements} must be positive")
+    return options.threads or usable_cores()
+
+
+def _chunk_elements(options: RunOptions, device: torch.device) -> int:
+    return options.chunk_elements * (1 if device.type == "cpu" else DEVICE_CHUNKS)
+
+
+def _works(
+    steps: Sequence[Step], options: RunOptions, device: torch.device, stats: Mapping[str, TensorStats] | None
+) -> list[_Work]:
+    check_steps(steps)
+    elements = _chunk_elements(options, device)
+    known = stats or {}
+    return [_Work(s, task_ranges(s, elements), known.get(s.specs[0].name) if s.specs else None, device) for s in steps]
+
+
+def _scan(works: Sequence[_Work], rows: _RowWorker, workers: _Workers, tell: ProgressCallback) -> None:
+    """The first pass: numbers of whole tensors, for those that are not taken in one piece anyway."""
+    tasks = [(work, r) for work in works if work.wants_absmax and len(work.ranges) > 1 for r in work.ranges]
+    found = workers.map(rows.absmax, tasks, _Meter("scan", tasks, tell).finished)
+    for (work, _), value in zip(tasks, found, strict=True):
+        work.absmax = max(work.absmax or 0.0, value)
+
+
+def _compare_ties(decisions: Sequence[Decision], source: Source, workers: _Workers) -> None:
+    """Tensors that are left out because the model shares them must be the same in the file."""
+    specs = {d.spec.name: d.spec for d in decisions}
+    shares: Callable[[str, str], bool] = getattr(source, "shares_storage", lambda *_: False)
+    tasks: list[tuple[TensorSpec, TensorSpec, range]] = []
+    for decision in decisions:
+        spec, first = decision.spec, specs.get(decision.spec.tied_to or "")
+        if decision.action != "drop" or first is None or shares(spec.name, first.name):
+            continue
+        if (spec.shape, spec.dtype, spec.encoding) != (first.shape, first.dtype, first.encoding):
+            raise _untied(source, spec, first)
+        own = quantum(spec.shape, spec.encoding, tensor_wide=True)
+        tasks += [(spec, first, r) for r in chunks(spec.shape, own, CHUNK_ELEMENTS)]
+
+    def compare(task: tuple[TensorSpec, TensorSpec, range], scratch: Scratch) -> None:
+        spec, first, rows = task
+        if not _same(source.read(spec.name, rows, scratch), source.read(first.name, rows, Scratch())):
+            raise _untied(source, spec, first)
+
+    workers.map(compare, tasks)
+
+
+def _untied(source: Source, spec: TensorSpec, first: TensorSpec) -> CheckError:
+    return CheckError(
+        f"{source.info.name}: {spec.name} is tied to {first.name}, and the file holds another tensor under each name",
+        hint='set "tie_word_embeddings" in config.json to false if the model has both',
+    )
+
+
+def _places(plan: Plan) -> dict[str, dict[str, _Place]]:
+    """Where every part goes; each exactly once, inside its file, beside the others.
+
+    :raises PlanError: a bug of the format.
+    """
+    parts = {(s.placed.output.name, part.name): part for s in plan.steps for part in s.placed.parts}
+    found: dict[str, dict[str, _Place]] = {s.placed.output.name: {} for s in plan.steps}
+    for number, file in enumerate(plan.files):
+        end = len(file.prefix)
+        for at in sorted(file.parts, key=lambda p: (p.offset, p.nbytes)):
+            known = parts.pop((at.output, at.part), None)
+            if known is None or known.nbytes != at.nbytes or at.offset < end:
+                raise PlanError(f"{file.path or plan.format}: {at.part} is laid out wrongly: a bug of the format")
+            end = at.offset + at.nbytes
+            found[at.output][at.part] = (number, at.offset, known)
+    if parts:
+        raise PlanError(f"{plan.format}: no file has {[part for _, part in parts][:3]}: a bug of the format")
+    for step in plan.steps:
+        rows = row_count(step.placed.output.shape)
+        for part in step.placed.parts:
+            records = -(-rows // part.rows)
+            if part.per == "rows" and records > 1 and part.nbytes % records:
+                raise PlanError(f"{part.name}: {part.nbytes} bytes are not {records} records: a bug of the format")
+    return found
+
+
+def _tensor_reports(tasks: Sequence[_Task], measured: Sequence[Energies]) -> tuple[TensorReport, ...]:
+    totals: dict[int, Energies] = {}
+    works: dict[int, _Work] = {}
+    for (work, _), found in zip(tasks, measured, strict=True):
+        totals[id(work)] = totals.get(id(work), Energies()).plus(found)
+        works[id(work)] = work
+    reports = []
+    for key, work in works.items():
+        step, total = work.step, totals[key]
+        action = "repack" if step.action == "keep" and step.placed.held.encoding is not None else step.action
+        out, layout = step.placed.output, step.placed.held.layout
+        reports.append(TensorReport(out.name, action, layout, out.numel, *total))
+    return tuple(reports)
+
+
+def _source_bytes(task: _Task) -> int:
+    work, rows = task
+    total, count = sum(spec.nbytes for spec in work.step.specs), max(1, row_count(work.step.placed.output.shape))
+    return total * rows.stop // count - total * rows.start // count
+
+
+def _element(shape: tuple[int, ...], rows: range, index: int | None) -> str:
+    """``[3, 17]``: an element of the whole tensor, from its index in a chunk."""
+    if index is None:
+        return ":"
+    flat = rows.start * row_length(shape) + index
+    place: list[int] = []
+    for extent in reversed(shape):
+        flat, inside = divmod(flat, extent)
+        place.append(inside)
+    return f"[{', '.join(map(str, reversed(place)))}]" if shape else ""
+
+
+def _same(a: Rows, b: Rows) -> bool:
+    if isinstance(a, QuantizedTensor) or isinstance(b, QuantizedTensor):
+        return isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor) and a.equal(b)
+    return same_bits(a, b)
+
+
+def _owned(value: Rows) -> Rows:
+    """A copy on the CPU that shares nothing with buffers or the source."""
+    return value.to("cpu").clone()

@@ -162,7 +162,7 @@ ENCODINGS: dict[str, Encoding] = {
     "Q4_K": Encoding(UINT4, (1, 32), _K, offset=_K),
     "Q6_K": Encoding(integer(6), (1, 16), Encoding(INT8, (1, 16), "float16")),
     "Q2_K": Encoding(UINT2, (1, 16), Encoding(UINT4, (1, 16), "float16"), offset=Encoding(UINT4, (1, 16), "float16")),
-    "ternary": Encoding(integer(2), (1, 256), "float16", clip=(-1, 1)),
+    "three values": Encoding(integer(2), (1, 256), "float16", clip=(-1, 1)),
     "unknown codebook": Encoding(NEVER_HEARD_OF, per_channel(2), "float32"),
     "flattened group": Encoding(INT8, (64,), "float32"),
 }

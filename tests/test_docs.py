@@ -1,0 +1,342 @@
+"""The documentation: complete, fresh, without dead links, and its examples run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import inspect
+import io
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import monoquant_core as mq
+from monoquant_core import declarations, errors, hookspecs, testing
+from monoquant_core.cli import main
+from monoquant_core.options import option_infos
+from monoquant_core.plugins import load_registry
+from monoquant_core.recipe import load_recipe
+from monoquant_core.tensor import QuantizedTensor
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("plugins/*/README.md")])
+MADE_BY_BENCH = DOCS / "performance.md"
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def module_at(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def gen_docs() -> ModuleType:
+    return module_at("gen_docs", ROOT / "tools" / "gen_docs.py")
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return "\n".join(path.read_text() for path in DOCS.rglob("*.md"))
+
+
+# --- complete ---
+
+
+def test_generated_pages_are_fresh(gen_docs: ModuleType) -> None:
+    stale = [ids(path) for path, page in gen_docs.pages().items() if path.read_text() != page]
+    assert stale == [], "run: make docs"
+
+
+def test_every_hook_is_documented() -> None:
+    page = (DOCS / "plugins" / "hooks.md").read_text()
+    hooks = [name for name in vars(hookspecs) if name.startswith("monoquant_")]
+    assert len(hooks) >= 9
+    assert [name for name in hooks if f"`{name}" not in page] == []
+
+
+def test_every_declaration_and_its_fields_are_documented() -> None:
+    page = (DOCS / "plugins" / "hooks.md").read_text()
+    classes = [c for c in vars(declarations).values() if inspect.isclass(c) and issubclass(c, declarations.Declaration)]
+    assert [c.__name__ for c in classes if c is not declarations.Declaration and c.__name__ not in page] == []
+    fields = {f.name for c in classes for f in dataclasses.fields(c)}
+    assert [name for name in fields if f"`{name}`" not in page] == []
+
+
+def test_every_error_is_documented() -> None:
+    page = (DOCS / "errors.md").read_text()
+    classes = [c for c in vars(errors).values() if inspect.isclass(c) and issubclass(c, Exception)]
+    assert errors.MonoquantError in classes
+    assert [c.__name__ for c in classes if f"| `{c.__name__}` |" not in page] == []
+
+
+def test_every_public_name_of_the_api_is_documented() -> None:
+    page = (DOCS / "api.md").read_text()
+    assert [name for name in mq.__all__ if name not in page] == []
+    methods = [name for name in vars(mq.QuantizedModel) if not name.startswith("_")]
+    assert [name for name in methods if f"`{name}" not in page and f".{name}(" not in page] == []
+    for function in (mq.plan, mq.quantize, mq.load, mq.export, mq.compare, mq.open_source, mq.QuantizedModel.save):
+        for parameter in set(inspect.signature(function).parameters) - {"self"}:
+            assert re.search(rf"`{parameter}[`=(]|\b{parameter}=|\*\*{parameter}", page), f"{function}: {parameter}"
+
+
+def test_every_class_of_the_kit_is_documented() -> None:
+    page = (DOCS / "plugins" / "testing.md").read_text()
+    assert [name for name in testing.__all__ if name not in page] == []
+
+
+def test_every_command_is_documented(gen_docs: ModuleType) -> None:
+    page = (DOCS / "cli.md").read_text()
+    import typer
+
+    from monoquant_core.cli.app import build_app
+
+    root: Any = typer.main.get_command(build_app(gen_docs.own_registry()))
+    names = [name for name, _ in gen_docs.commands(root)]
+    assert {"quantize", "export", "plan", "inspect", "compare", "plugins list", "schemes show", "doctor"} <= set(names)
+    assert [name for name in names if f"\n## monoquant {name}\n" not in page] == []
+
+
+def test_everything_that_plugins_declare_is_documented(gen_docs: ModuleType) -> None:
+    page = (DOCS / "options.md").read_text()
+    registry = gen_docs.own_registry()
+    tables = (registry.schemes, registry.exporters, registry.recipes, registry.sources, registry.probes)
+    for declared in [d for table in tables for d in table.values()]:
+        _, _, section = page.partition(f"\n### {declared.name}\n")
+        section = re.split(r"\n##+ ", section)[0]
+        assert section, f"{declared.name} has no section"
+        for info in option_infos(declared.options):
+            assert f"| `{info.name}` | `{info.flag}` |" in section, f"{declared.name}: {info.name}"
+        for alias in getattr(declared, "aliases", ()):
+            assert f"`{alias}`" in section
+    assert {d.name for d in registry.schemes.values()} >= {"int8", "int4", "fp8", "w8a8", "float16", "bfloat16"}
+
+
+@pytest.mark.parametrize("plugin", sorted(p.parent for p in ROOT.glob("plugins/*/pyproject.toml")), ids=ids)
+def test_plugin_readmes_name_what_the_plugin_adds(plugin: Path, gen_docs: ModuleType) -> None:
+    page = (plugin / "README.md").read_text()
+    registry = gen_docs.own_registry()
+    names = {e.name for e in entry_points(group="monoquant") if e.dist and e.dist.name == plugin.name}
+    for attribute in gen_docs.SECTIONS:
+        hook = "monoquant_register_" + attribute
+        for key, declared in getattr(registry, attribute).items():
+            if registry.origins[hook, key] in names:
+                assert f"`{declared.name}`" in page, f"{attribute}: {declared.name}"
+                assert [i.name for i in option_infos(declared.options) if i.name not in page] == []
+    assert "```" in page, "one example"
+
+
+def test_every_environment_variable_is_documented() -> None:
+    sources = [*(ROOT / "monoquant_core").rglob("*.py"), *ROOT.glob("plugins/*/src/**/*.py")]
+    used = {
+        name for path in sources for name in re.findall(r"environ[^\n]*[\"'](MONOQUANT_\w+)[\"']", path.read_text())
+    }
+    assert len(used) >= 2
+    page = (DOCS / "cli.md").read_text()
+    assert [name for name in used if f"`{name}`" not in page] == []
+
+
+def test_architecture_has_every_module_in_its_layer() -> None:
+    layers: list[set[str]] = module_at("layers_under_test", Path(__file__).with_name("test_imports.py")).LAYERS
+    found: dict[str, int] = {}
+    layer = 0
+    for line in (DOCS / "architecture.md").read_text().splitlines():
+        if row := re.match(r"\| (\d*) ?\| (`[a-z_`, ]+`) \| ", line):
+            layer = int(row[1] or layer)
+            found |= dict.fromkeys(re.findall(r"`(\w+)`", row[2]), layer)
+    modules = {p.stem for p in (ROOT / "monoquant_core").glob("*.py")} - {"__init__"}
+    assert found.keys() >= modules
+    assert {name: level + 1 for level, names in enumerate(layers) for name in names if name in found} == found
+
+
+def test_every_core_folder_is_in_the_architecture() -> None:
+    page = (DOCS / "architecture.md").read_text()
+    folders = [p.parent.relative_to(ROOT) for p in (ROOT / "monoquant_core").glob("*/__init__.py")]
+    assert [str(f) for f in folders if f"`{f}/`" not in page] == []
+
+
+# --- coherent ---
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_resolve(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert ROOT in linked.parents, f"{target} leaves the repository"
+        assert linked.exists() or linked == MADE_BY_BENCH, f"{target} does not exist"
+        if anchor:
+            headings = re.findall(r"(?m)^#+ (.*)$", linked.read_text())
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in slugs, f"{target}: no such heading"
+
+
+def test_every_page_is_reachable_from_the_index() -> None:
+    seen, todo = set(), [DOCS / "index.md"]
+    while todo:
+        page = todo.pop()
+        seen.add(page)
+        links = re.findall(r"\]\(([^)#\s:]+\.md)[^)]*\)", page.read_text())
+        todo += [p for link in links if (p := (page.parent / link).resolve()).exists() and p not in seen]
+    assert [ids(p) for p in DOCS.rglob("*.md") if p not in seen and p != MADE_BY_BENCH] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_pages_name_no_place_of_this_machine(page: Path) -> None:
+    assert not re.search(r"/work/|/tmp/|/root/|/home/", page.read_text())
+
+
+# --- examples run ---
+
+RUNS = "<!-- runs -->"
+
+
+def blocks(page: Path, language: str = r"\w+") -> Iterator[tuple[str, str]]:
+    """Language and text of the examples that say that they run."""
+    for found in re.finditer(rf"{RUNS}\n```({language})\n(.*?)```", page.read_text(), re.DOTALL):
+        yield found[1], found[2]
+
+
+def files_in(page: Path) -> dict[str, str]:
+    """Examples that begin with the name of the file they are."""
+    found = re.findall(r"```\w+\n# file: (\S+)\n(.*?)```", page.read_text(), re.DOTALL)
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama that transformers made, small enough for examples."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    config = transformers.LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "model").symlink_to(llama)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(line: str) -> str:
+    """Run a monoquant command line here; it must succeed."""
+    words = shlex.split(line, comments=True)
+    assert words[0] == "monoquant", line
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            status = main(words[1:])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert status == 0, line
+    return printed.getvalue()
+
+
+WITH_EXAMPLES = [page for page in PAGES if RUNS in page.read_text()]
+
+
+def test_the_main_pages_have_examples_that_run() -> None:
+    assert {ROOT / "README.md", DOCS / "quickstart.md", DOCS / "api.md", DOCS / "recipes.md"} <= set(WITH_EXAMPLES)
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=ids)
+def test_examples_run(page: Path, in_tmp: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "example"}
+    for language, example in blocks(page):
+        if language == "sh":
+            for line in filter(None, example.replace("\\\n", " ").splitlines()):
+                command(line)
+        elif language == "toml":
+            Path("recipe.toml").write_text(example)
+            load_recipe("recipe.toml")
+        else:
+            assert language == "python"
+            exec(compile(example, str(page), "exec"), namespace)
+
+
+def test_recipe_examples_parse() -> None:
+    examples = re.findall(r"```toml\n(.*?)```", (DOCS / "recipes.md").read_text(), re.DOTALL)
+    assert len(examples) >= 2
+    for example in examples:
+        assert load_recipe(tomllib.loads(example)).rules
+
+
+@pytest.fixture(scope="module")
+def ternary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The plugin of docs/plugins/writing.md."""
+    path = tmp_path_factory.mktemp("ternary") / "monoquant_ternary.py"
+    path.write_text(files_in(DOCS / "plugins" / "writing.md")[path.name])
+    yield module_at("monoquant_ternary", path)
+    del sys.modules["monoquant_ternary"]
+
+
+def test_the_plugin_that_the_docs_write_works(ternary: ModuleType, in_tmp: Path) -> None:
+    registry = load_registry(extra=(ternary,))
+    assert not registry.problems
+    with mq.quantize("model", scheme="ternary", options={"group_size": 32}, registry=registry) as model:
+        model.save("out", format_options={"convention": "generic"})
+        name = "model.layers.0.mlp.down_proj.weight"
+        made = dict(model.tensors())[name]
+    assert isinstance(made, QuantizedTensor)
+    assert set(made.codes.flatten().tolist()) == {-1, 0, 1}
+    with mq.load("out") as loaded:  # the plugin is not in this registry
+        read = dict(loaded.tensors())[name]
+    assert isinstance(read, QuantizedTensor)
+    assert read.equal(made)
+
+
+def test_the_plugin_that_the_docs_write_passes_the_kit(ternary: ModuleType, tmp_path: Path) -> None:
+    for name, content in files_in(DOCS / "plugins" / "testing.md").items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "monoquant_ternary.py").write_text(Path(str(ternary.__file__)).read_text())
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "TestTernary", tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "skipped" not in done.stdout
+
+
+def test_the_project_that_the_docs_write_has_its_entry_point() -> None:
+    project = tomllib.loads(files_in(DOCS / "plugins" / "writing.md")["pyproject.toml"])["project"]
+    assert project["entry-points"]["monoquant"] == {"ternary": "monoquant_ternary"}

@@ -17,9 +17,8 @@ from benchmarks import peers
 from benchmarks.measure import Timing, interleaved
 from benchmarks.results import Gate, Section, Table, number
 from benchmarks.synthetic import heavy_tailed
-from monoquant_core.memory import CHUNK_ELEMENTS
+from monoquant_core.memory import CHUNK_ELEMENTS, task_ranges
 from monoquant_core.planning import Plan, Step
-from monoquant_core.rows import chunks, quantum
 from monoquant_core.schemes import Context
 from monoquant_core.scratch import Scratch
 from monoquant_core.tensor import QuantizedTensor
@@ -119,7 +118,7 @@ def quantized_chunks(step: Step, weight: torch.Tensor, scratch: Scratch) -> Iter
     encoding, quantizer, spec = step.placed.held.encoding, step.quantizer, step.specs[0]
     assert encoding is not None
     assert quantizer is not None
-    for rows in chunks(spec.shape, quantum(spec.shape, encoding), CHUNK_ELEMENTS):
+    for rows in task_ranges(step):
         yield rows, quantizer.quantize(weight[rows.start : rows.stop], encoding, Context(spec, rows, scratch))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -9,20 +11,23 @@ class Scratch:
     """Named buffers of one worker. Not shared between threads."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype, str], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype, str | torch.device], torch.Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, str | torch.device], torch.Tensor] = {}
 
     def take(
         self, name: str, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: str | torch.device = "cpu"
     ) -> torch.Tensor:
         """A contiguous tensor of undefined content, valid until the same name is taken again."""
-        numel = 1
-        for extent in shape:
-            numel *= extent
-        key = (name, dtype, str(device))
+        key = (name, dtype, device)
+        view = self._views.get(key)
+        if view is not None and view.shape == shape:  # chunks of one tensor have one shape: making a view takes 2 us
+            return view
+        numel = math.prod(shape)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < numel:
             buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
-        return buffer[:numel].view(shape)
+        view = self._views[key] = buffer[:numel].view(shape)
+        return view
 
     @property
     def nbytes(self) -> int:

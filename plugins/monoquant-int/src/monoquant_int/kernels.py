@@ -1,0 +1,166 @@
+"""Rounding to integers, in torch. Imported when a tensor is quantized, not before.
+
+A code is ``round_half_to_even(x * (1 / scale)) + zero_point`` in float32, with the scale as it is stored: what
+``torch.fake_quantize_per_channel_affine`` computes. ``x / scale`` has other last bits, and so sometimes other codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from monoquant_core.blocks import absmax, absmax_scale, check_finite, from_matrix, in_steps, power_of_two, to_matrix
+from monoquant_core.encoding import FULL, Encoding, param_shape
+from monoquant_core.errors import QuantizationError
+from monoquant_core.schemes import Context
+from monoquant_core.tensor import QuantizedTensor
+from monoquant_int.search import SPAN, Codes, best_scale
+
+
+def quantize(rows: torch.Tensor, encoding: Encoding, context: Context, *, search: bool) -> QuantizedTensor:
+    """Codes and parameters of a chunk.
+
+    :param search: find the scale of least squared error, rather than the one at which no value is clipped.
+    :raises QuantizationError: for NaN, infinity, and scales that their dtype cannot hold; names the tensor.
+    """
+    block, scratch = encoding.block, context.scratch
+    halves = rows.dtype in (torch.float16, torch.bfloat16) and not search and encoding.zero_point is None
+    if rows.dtype == torch.float32 or halves:
+        values = rows.contiguous()
+    else:
+        values = scratch.take("int.values", rows.shape, torch.float32, rows.device).copy_(rows)
+    codes = scratch.take("int.codes", rows.shape, torch.int8, rows.device)
+    if context.absmax is not None and all(extent == FULL for extent in block):
+        # The magnitude of the one block is known, so the rows of a chunk can be taken as they come.
+        block = (1,) * (values.ndim - 1) + (FULL,)
+    matrix, out = to_matrix(values, block), to_matrix(codes, block)
+    chunk = _Chunk(matrix, block, rows, encoding, context)
+    zero_point = None
+    if encoding.zero_point is not None:
+        scale, zero_point = chunk.asymmetric(search)
+    elif search:
+        scale = chunk.searched()
+    else:
+        scale = chunk.nearest(context.absmax if block is not encoding.block else None)
+    chunk.round(scale, zero_point, out, clip=search)
+    if out.data_ptr() != codes.data_ptr():
+        from_matrix(out, codes, block)
+    grid = param_shape(tuple(values.shape), encoding.block)
+    if zero_point is None:
+        return QuantizedTensor(encoding, codes, scale.view(grid))
+    return QuantizedTensor(encoding, codes.view(torch.uint8), scale.view(grid), zero_point.to(torch.uint8).view(grid))
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Rows that are being quantized. Its methods take and give one value per block: shape ``[blocks]``."""
+
+    matrix: torch.Tensor  #: [blocks, elements of one]; float32, or a half for nearest()
+    block: tuple[int, ...]  #: by which the rows became the matrix
+    rows: torch.Tensor  #: as they were given
+    encoding: Encoding
+    context: Context
+
+    def nearest(self, whole: float | None) -> torch.Tensor:
+        """The scale that gives the largest magnitude of a block, or of the whole tensor, the largest code."""
+        magnitude = absmax(self.matrix, self.context.scratch)
+        if whole is None:
+            return self._plain(magnitude)
+        known = magnitude.new_full((1,), whole)
+        if not float(magnitude.amax()) <= float(known):
+            check_finite(self.rows, self.context)
+            raise QuantizationError(
+                f"{self.context.spec.name}: a value exceeds {whole}, the largest that the tensor had before",
+                hint="the input changed while it was read; run again",
+            )
+        return self._plain(known)
+
+    def searched(self) -> torch.Tensor:
+        """The scale of least squared error; a negative one gives the extreme of a block the code that has no twin."""
+        largest, smallest = self.matrix.amax(1), self.matrix.amin(1)
+        magnitude = torch.maximum(largest, -smallest)
+        low, high = self.encoding.codes_range
+        coarsest = magnitude / max(high, -low)
+        if high == -low:
+            return self._search(magnitude, self._plain(magnitude), coarsest, Codes(low, high))
+        coarsest = torch.where((largest > -smallest) == (high > -low), coarsest, -coarsest)
+        # Two bits are so coarse that the other sign may be better all the same.
+        codes = Codes(low, high, both_signs=self.encoding.element.bits == 2)
+        return self._search(magnitude, self._plain(magnitude), coarsest, codes)
+
+    def asymmetric(self, search: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point of a range that holds every value, and zero. A search keeps the zero point."""
+        largest, smallest = self.matrix.amax(1).clamp_(min=0), self.matrix.amin(1).clamp_(max=0)
+        scale = self._plain(largest - smallest)
+        low, high = self.encoding.codes_range
+        zero_point = (low - in_steps(smallest.unsqueeze(1), scale).round_().view(-1)).clamp_(low, high)
+        if search:
+            codes = Codes((low - zero_point).unsqueeze(1), (high - zero_point).unsqueeze(1))
+            scale = self._search(torch.maximum(largest, -smallest), scale, scale.float(), codes)
+        return scale, zero_point
+
+    def round(self, scale: torch.Tensor, zero_point: torch.Tensor | None, out: torch.Tensor, *, clip: bool) -> None:
+        """Write codes, as the signed bytes that have their bits."""
+        low, high = self.encoding.codes_range
+        matrix = self.matrix
+        steps = self.context.scratch.take("int.steps", matrix.shape, torch.float32, matrix.device)
+        in_steps(matrix, scale, out=steps).round_()
+        if zero_point is not None:
+            # Floats become signed bytes many times faster than unsigned ones; flipping the top bit adds 128.
+            steps.add_((zero_point - 128).unsqueeze(1)).clamp_(low - 128, high - 128)
+            out.copy_(steps).bitwise_xor_(-128)
+        else:
+            out.copy_(steps.clamp_(low, high) if clip else steps)
+
+    def _plain(self, extent: torch.Tensor) -> torch.Tensor:
+        """The scale at which no value is clipped."""
+        low, high = self.encoding.codes_range
+        codes = min(high, -low) if self.encoding.zero_point is None else high - low
+        return absmax_scale(extent, codes, self._dtype, self.rows, self.context)
+
+    @property
+    def _dtype(self) -> str:
+        assert isinstance(self.encoding.scale, str)
+        return self.encoding.scale
+
+    def _search(
+        self, magnitude: torch.Tensor, plain: torch.Tensor, coarsest: torch.Tensor, codes: Codes
+    ) -> torch.Tensor:
+        """The best scale, in its dtype; ``plain`` for blocks of zeros, and where a scale would be subnormal."""
+        matrix, scratch, weights = self.matrix, self.context.scratch, self._weights()
+        # Exact, and then no square of a value over- or underflows.
+        power = power_of_two(magnitude)
+        unscale = power.reciprocal().unsqueeze(1)
+        ends = plain.float() / power, coarsest / power
+        found = torch.empty_like(power)
+        span = max(1, SPAN // matrix.shape[1])
+        for first in range(0, len(power), span):
+            part = slice(first, first + span)
+            x = scratch.take("int.x", matrix[part].shape, torch.float32, matrix.device)
+            torch.mul(matrix[part], unscale[part], out=x)
+            weight = None if weights is None else weights[part]
+            bits = self.encoding.element.bits
+            found[part] = best_scale(x, weight, ends[0][part], ends[1][part], codes.of(part), bits, scratch)
+        scale = (found * power).to(plain.dtype)
+        usable = scale.isfinite() & (scale.abs() >= torch.finfo(scale.dtype).tiny)
+        return torch.where(usable, scale, plain)
+
+    def _weights(self) -> torch.Tensor | None:
+        """Importance of every element, ``[blocks, elements of one]``: at most 1, and 1 in blocks that have none."""
+        importance, spec = self.context.importance, self.context.spec
+        if importance is None:
+            return None
+        flat = self.rows.flatten(1) if spec.kind.startswith("conv") else self.rows
+        inputs = spec.shape[0] if spec.kind == "linear_transposed" else flat.shape[-1]
+        if importance.numel() != inputs:
+            raise QuantizationError(
+                f"{spec.name}: importance of {importance.numel()} inputs, where there are {inputs}",
+                hint="calibrate the model that is quantized",
+            )
+        weights = importance.to(flat.device, torch.float32)
+        if spec.kind == "linear_transposed":
+            weights = weights[self.context.rows.start : self.context.rows.stop].unsqueeze(1)
+        weights = to_matrix(weights.expand(flat.shape).reshape(self.rows.shape), self.block)
+        largest = weights.amax(1, keepdim=True)
+        return torch.where(largest > 0, weights / largest, 1.0)

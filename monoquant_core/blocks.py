@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 SMALLEST_NORMAL = 2.0**-126  #: of float32; below it and above its reciprocal, ``1 / x`` overflows or loses bits
 
-#: steps by which a value may exceed the largest code: below half a step, so that it still rounds to that code
-_SLACK = 0.498
+#: how far a value may exceed the largest of integer codes: below half a step, so that it still rounds to that code
+HALF_STEP = 0.498
 
 
 def to_matrix(values: torch.Tensor, block: tuple[int, ...]) -> torch.Tensor:
@@ -61,6 +61,23 @@ def absmax(matrix: torch.Tensor, scratch: Scratch | None = None) -> torch.Tensor
     return torch.maximum(matrix.amax(1), matrix.amin(1).neg_()).float()
 
 
+def tensor_magnitude(magnitude: torch.Tensor, rows: torch.Tensor, context: Context) -> torch.Tensor:
+    """``context.absmax``, the magnitude of the whole tensor, as a float32 ``[1]``.
+
+    :param magnitude: of blocks of the chunk, to see that it is the same tensor.
+    :raises QuantizationError: when the chunk holds NaN, infinity or a larger value.
+    """
+    assert context.absmax is not None
+    known = magnitude.new_full((1,), context.absmax)
+    if not float(magnitude.amax()) <= float(known):
+        check_finite(rows, context)
+        raise QuantizationError(
+            f"{context.spec.name}: a value exceeds {context.absmax}, the largest that the tensor had before",
+            hint="the input changed while it was read; run again",
+        )
+    return known
+
+
 def power_of_two(magnitude: torch.Tensor) -> torch.Tensor:
     """The power of two at or below each float32 magnitude, kept where it and its reciprocal are normal numbers.
 
@@ -71,14 +88,21 @@ def power_of_two(magnitude: torch.Tensor) -> torch.Tensor:
 
 
 def absmax_scale(
-    magnitude: torch.Tensor, largest: float, dtype: str, rows: torch.Tensor, context: Context
+    magnitude: torch.Tensor,
+    largest: float,
+    dtype: str,
+    rows: torch.Tensor,
+    context: Context,
+    *,
+    beyond: float = HALF_STEP,
 ) -> torch.Tensor:
     """``magnitude / largest`` rounded to ``dtype``: the scale that gives the largest value of a block the largest code.
 
-    Where rounding would leave that value half a step beyond the largest code, it is the next number above. A block of
-    zeros has scale 1. So every scale is positive and finite.
+    Where rounding would leave that value ``beyond`` or more above the largest code, it is the next number above. A
+    block of zeros has scale 1. So every scale is positive and finite.
 
     :param magnitude: of the blocks of a chunk, float32, as :func:`absmax` gives it.
+    :param largest: the value of the largest code.
     :param rows: the chunk, for messages.
     :raises QuantizationError: for NaN and infinity, and for a scale that ``dtype`` cannot hold; names the tensor.
     """
@@ -88,7 +112,7 @@ def absmax_scale(
         raise QuantizationError(f"{context.spec.name}: its values span more than float32 holds", hint=_keep(context))
     scale = (magnitude / _number(largest, magnitude.device)).to(dtype_of(dtype))
     limits = torch.finfo(scale.dtype)
-    roomy = largest * (1 + limits.eps / 2) <= largest + _SLACK
+    roomy = largest * (1 + limits.eps / 2) <= largest + beyond
     if roomy and largest * limits.tiny <= low and high < largest * limits.max:
         return scale
     exact = scale.dtype == torch.float32  # every float32 is a multiple of the smallest; a half that small loses much
@@ -100,7 +124,7 @@ def absmax_scale(
             "cannot hold",
             hint=f"choose a format with bfloat16 or float32 scales, or {_keep(context)}",
         )
-    short = magnitude > held * (largest + _SLACK)
+    short = magnitude > held * (largest + beyond)
     bits = scale.view(torch.int32 if exact else torch.int16)
     bits += short.to(bits.dtype)
     return scale.masked_fill_(magnitude == 0, 1.0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from monoquant_core.encoding import FLOAT_BITS, ActivationQuant, Encoding
+from monoquant_core.encoding import FLOAT_BITS, ActivationQuant, ElementType, Encoding, per_channel, per_group, per_row
 from monoquant_core.errors import EncodingError
 from monoquant_core.model import TensorSpec
 
@@ -96,3 +97,54 @@ class Quantizer(Protocol):
         :raises QuantizationError: for NaN or infinity, naming the tensor.
         """
         ...
+
+
+def unsuitable(spec: TensorSpec) -> Refusal | None:
+    """Why no scheme with a scale per channel or block takes the tensor; None if nothing speaks against it."""
+    if not spec.is_float:
+        return Refusal(f"{spec.dtype} values are not floats to be quantized")
+    if len(spec.shape) < 2:
+        return Refusal(f"a {'vector' if spec.shape else 'scalar'} has no channels that could share a scale")
+    if spec.numel == 0:
+        return Refusal("it has no elements")
+    return None
+
+
+def channel_block(spec: TensorSpec) -> tuple[int, ...]:
+    """One block per output channel: per row, except where a layer stores its weight otherwise."""
+    ndim = len(spec.shape)
+    if spec.kind in ("conv_transpose", "linear_transposed"):
+        return per_channel(ndim, 1)
+    return per_channel(ndim, 0) if spec.kind == "conv" else per_row(ndim)
+
+
+def group_block(spec: TensorSpec, size: int) -> tuple[int, ...] | Refusal:
+    """Groups of ``size`` inputs of an output channel, or why there are none, with the sizes that would fit.
+
+    A convolution is taken as ``[out, in * k * k]``, as every runtime takes it.
+    """
+    if spec.kind == "conv_transpose":
+        return Refusal(
+            "the rows of a transposed convolution mix output channels, so they cannot be cut into groups",
+            hint="--granularity channel quantizes it",
+        )
+    flat = spec.kind == "conv" and len(spec.shape) > 2
+    row = spec.shape[0] if spec.kind == "linear_transposed" else math.prod(spec.shape[1:]) if flat else spec.shape[-1]
+    if row % size:
+        divisors = {d for i in range(1, math.isqrt(row) + 1) if row % i == 0 for d in (i, row // i)}
+        fitting = sorted((d for d in divisors if d >= 16), key=lambda d: (abs(d - size), d))[:4]
+        sizes = f"group sizes that fit rows of {row}: {', '.join(map(str, fitting))}; " if fitting else ""
+        return Refusal(f"groups of {size} do not divide its rows of {row}", f"{sizes}--granularity channel needs none")
+    if spec.kind == "linear_transposed":
+        return (size, 1)
+    return per_group(2 if flat else len(spec.shape), size)
+
+
+def dynamic_inputs(spec: TensorSpec, element: ElementType) -> ActivationQuant | None:
+    """Layer inputs quantized at run time, with a scale per token; None where the inputs are indices.
+
+    The inputs of a convolution are images: nothing in them is a token, and they share one scale.
+    """
+    if spec.kind == "embedding":
+        return None
+    return ActivationQuant(element, "tensor" if spec.kind.startswith("conv") else "token", dynamic=True)

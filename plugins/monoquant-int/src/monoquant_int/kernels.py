@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from monoquant_core.blocks import absmax, absmax_scale, check_finite, from_matrix, in_steps, power_of_two, to_matrix
+from monoquant_core.blocks import absmax, absmax_scale, from_matrix, in_steps, power_of_two, tensor_magnitude, to_matrix
 from monoquant_core.encoding import FULL, Encoding, param_shape
 from monoquant_core.errors import QuantizationError
 from monoquant_core.schemes import Context
@@ -31,7 +31,8 @@ def quantize(rows: torch.Tensor, encoding: Encoding, context: Context, *, search
     else:
         values = scratch.take("int.values", rows.shape, torch.float32, rows.device).copy_(rows)
     codes = scratch.take("int.codes", rows.shape, torch.int8, rows.device)
-    if context.absmax is not None and all(extent == FULL for extent in block):
+    tensor_wide = context.absmax is not None and all(extent == FULL for extent in block)
+    if tensor_wide:
         # The magnitude of the one block is known, so the rows of a chunk can be taken as they come.
         block = (1,) * (values.ndim - 1) + (FULL,)
     matrix, out = to_matrix(values, block), to_matrix(codes, block)
@@ -42,7 +43,7 @@ def quantize(rows: torch.Tensor, encoding: Encoding, context: Context, *, search
     elif search:
         scale = chunk.searched()
     else:
-        scale = chunk.nearest(context.absmax if block is not encoding.block else None)
+        scale = chunk.nearest(tensor_wide)
     chunk.round(scale, zero_point, out, clip=search)
     if out.data_ptr() != codes.data_ptr():
         from_matrix(out, codes, block)
@@ -62,19 +63,10 @@ class _Chunk:
     encoding: Encoding
     context: Context
 
-    def nearest(self, whole: float | None) -> torch.Tensor:
+    def nearest(self, tensor_wide: bool) -> torch.Tensor:
         """The scale that gives the largest magnitude of a block, or of the whole tensor, the largest code."""
         magnitude = absmax(self.matrix, self.context.scratch)
-        if whole is None:
-            return self._plain(magnitude)
-        known = magnitude.new_full((1,), whole)
-        if not float(magnitude.amax()) <= float(known):
-            check_finite(self.rows, self.context)
-            raise QuantizationError(
-                f"{self.context.spec.name}: a value exceeds {whole}, the largest that the tensor had before",
-                hint="the input changed while it was read; run again",
-            )
-        return self._plain(known)
+        return self._plain(tensor_magnitude(magnitude, self.rows, self.context) if tensor_wide else magnitude)
 
     def searched(self) -> torch.Tensor:
         """The scale of least squared error; a negative one gives the extreme of a block the code that has no twin."""

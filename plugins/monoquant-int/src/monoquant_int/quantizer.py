@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import TYPE_CHECKING
 
-from monoquant_core.encoding import (
-    FULL,
-    INT8,
-    ActivationQuant,
-    Encoding,
-    integer,
-    per_channel,
-    per_group,
-    per_row,
-    per_tensor,
-)
+from monoquant_core.encoding import FULL, INT8, Encoding, integer, per_tensor
 from monoquant_core.errors import OptionError
 from monoquant_core.model import TensorSpec
-from monoquant_core.schemes import Context, Proposal, Refusal
+from monoquant_core.schemes import Context, Proposal, Refusal, channel_block, dynamic_inputs, group_block, unsuitable
 from monoquant_int.plugin import IntOptions, W8A8Options
 
 if TYPE_CHECKING:
@@ -65,30 +54,29 @@ class IntQuantizer:
 
     def propose(self, spec: TensorSpec) -> Proposal | Refusal:
         """The encoding for a tensor, or why there is none."""
-        refusal = _unsuitable(spec)
+        refusal = unsuitable(spec)
         if refusal is not None:
             return refusal
+        block: tuple[int, ...] | Refusal = per_tensor(len(spec.shape))
         if self.granularity == "group":
-            size = self.options.group_size or GROUP_SIZE
-            refusal = _refuse_groups(spec, size)
-            if refusal is not None:
-                return refusal
-            block = group_block(spec, size)
-        else:
-            block = channel_block(spec) if self.granularity == "channel" else per_tensor(len(spec.shape))
+            block = group_block(spec, self.options.group_size or GROUP_SIZE)
+        elif self.granularity == "channel":
+            block = channel_block(spec)
+        if isinstance(block, Refusal):
+            return block
         zero_point = None if self.options.symmetric else self.element
         encoding = Encoding(self.element, block, "float32", zero_point=zero_point, clip=self.clip)
         needs: frozenset[str] = frozenset()
         if self.granularity == "tensor":
             needs = frozenset({"absmax" if self.options.symmetric else "whole"})
-        return Proposal(encoding, self._activation(spec), needs=needs)
+        activation = dynamic_inputs(spec, INT8) if self.quantize_inputs else None
+        return Proposal(encoding, activation, needs=needs)
 
     def accepts(self, spec: TensorSpec, encoding: Encoding) -> bool:
         """Whether ``quantize`` can produce it: the same codes and zero points, in any scale dtype and granularity."""
-        size = max(encoding.block)
-        blocks = [channel_block(spec), per_tensor(len(spec.shape))] if _unsuitable(spec) is None else []
-        if size > 0 and _refuse_groups(spec, size) is None:
-            blocks.append(group_block(spec, size))
+        if unsuitable(spec) is not None:
+            return False
+        blocks = [channel_block(spec), per_tensor(len(spec.shape)), group_block(spec, max(1, *encoding.block))]
         tensor_wide = all(extent == FULL for extent in encoding.block)
         return (
             encoding.element == self.element
@@ -117,60 +105,6 @@ class IntQuantizer:
         if self.options.rounding == "auto":
             return self.bits < 8 and not tensor_wide
         return self.options.rounding == "search"
-
-    def _activation(self, spec: TensorSpec) -> ActivationQuant | None:
-        if not self.quantize_inputs or spec.kind == "embedding":  # the inputs of an embedding are indices
-            return None
-        # The inputs of a convolution are images: nothing in them is a token.
-        return ActivationQuant(INT8, "tensor" if spec.kind.startswith("conv") else "token", dynamic=True)
-
-
-def channel_block(spec: TensorSpec) -> tuple[int, ...]:
-    """One block per output channel: per row, except where a layer stores it otherwise."""
-    ndim = len(spec.shape)
-    if spec.kind in ("conv_transpose", "linear_transposed"):
-        return per_channel(ndim, 1)
-    return per_channel(ndim, 0) if spec.kind == "conv" else per_row(ndim)
-
-
-def group_block(spec: TensorSpec, size: int) -> tuple[int, ...]:
-    """Groups of the inputs of an output channel; a convolution is ``[out, in * k * k]``, as in every runtime."""
-    if spec.kind == "linear_transposed":
-        return (size, 1)
-    return per_group(2 if spec.kind == "conv" else len(spec.shape), size)
-
-
-def _unsuitable(spec: TensorSpec) -> Refusal | None:
-    if not spec.is_float:
-        return Refusal(f"{spec.dtype} values are not floats to be quantized")
-    if len(spec.shape) < 2:
-        return Refusal(f"a {'vector' if spec.shape else 'scalar'} has no channels that could share a scale")
-    if spec.numel == 0:
-        return Refusal("it has no elements")
-    return None
-
-
-def _refuse_groups(spec: TensorSpec, size: int) -> Refusal | None:
-    refusal = _unsuitable(spec)
-    if refusal is not None:
-        return refusal
-    if spec.kind == "conv_transpose":
-        return Refusal(
-            "the rows of a transposed convolution mix output channels, so they cannot be cut into groups",
-            hint="--granularity channel quantizes it",
-        )
-    row = spec.shape[-1]
-    if spec.kind in ("conv", "linear_transposed"):
-        row = math.prod(spec.shape[1:]) if spec.kind == "conv" else spec.shape[0]
-    if row % size == 0:
-        return None
-    fitting = sorted((d for d in _divisors(row) if d >= 16), key=lambda d: (abs(d - size), d))[:4]
-    sizes = f"group sizes that fit rows of {row}: {', '.join(map(str, fitting))}; " if fitting else ""
-    return Refusal(f"groups of {size} do not divide its rows of {row}", hint=f"{sizes}--granularity channel needs none")
-
-
-def _divisors(n: int) -> set[int]:
-    return {d for i in range(1, math.isqrt(n) + 1) if n % i == 0 for d in (i, n // i)}
 
 
 def w8a8(options: W8A8Options) -> IntQuantizer:

@@ -40,7 +40,7 @@ def show_report(report: Report, *, json: bool) -> None:
     notes(report.notes)
 
 
-def shown_files(files: Mapping[str, int], limit: int = 12) -> list[tuple[str, int]]:
+def shown_files(files: Mapping[str, int], limit: int = 6) -> list[tuple[str, int]]:
     """The files, the largest first; many small ones as one line."""
     ordered = sorted(files.items(), key=lambda item: (-item[1], item[0]))
     if len(ordered) <= limit:

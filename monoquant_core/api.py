@@ -253,10 +253,12 @@ class QuantizedModel:
 
     def tensors(self) -> Iterator[tuple[str, QuantizedTensor | torch.Tensor]]:
         """Every tensor, one at a time; tied names are left out."""
-        from monoquant_core.engine import compute
+        from monoquant_core.engine import RunOptions, compute
 
+        # What a file holds may be looked at; NaN is refused when it would be quantized or written.
+        options = RunOptions(nonfinite="allow")
         for step in self.plan().steps:
-            yield step.placed.output.name, compute(step, self.source, stats=self._stats)
+            yield step.placed.output.name, compute(step, self.source, stats=self._stats, options=options)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All tensors dequantized, in their source's dtype, tied names included: for ``module.load_state_dict``."""

@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from monoquant_core.cli.options import Typed, flag_parameters, roles, with_options
+from monoquant_core.cli.options import Typed, _listed, flag_parameters, roles, with_options
 from monoquant_core.cli.selection import named_scheme
 from monoquant_core.declarations import Declaration, ExporterDeclaration, SchemeDeclaration
 from monoquant_core.errors import OptionError
@@ -166,3 +166,17 @@ def test_declared_names_need_no_plugin_modules() -> None:
     declared: Declaration = registry().scheme("int4")
     with pytest.raises(Exception, match="cannot be imported"):
         declared.load()
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["int2", "int3", "int4", "w8a8"], "int2-int4, w8a8"),
+        (["int2", "int4", "int5"], "int2, int4, int5"),
+        (["fp8", "nf4"], "fp8, nf4"),
+        (["q9", "q10", "q11"], "q9-q11"),
+        ([], ""),
+    ],
+)
+def test_series_of_names_are_shortened(names: list[str], text: str) -> None:
+    assert _listed(names) == text

@@ -151,9 +151,7 @@ def test_progress_is_lines_where_there_is_no_terminal(
         for event in events():
             callback(event)
     lines = capsys.readouterr().err.splitlines()
-    assert [re.sub(r", .*/s, .* left", "", line) for line in lines] == [
-        f"quantizing: {i} MB of 4 MB" for i in range(1, 5)
-    ]
+    assert [re.sub(r", .*/s, .* left", "", line) for line in lines] == [f"writing: {i} MB of 4 MB" for i in range(1, 5)]
     assert re.search(r"/s, 0\.0 s left$", lines[-1])
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -149,14 +150,14 @@ def flag_parameters(choices: Roles, taken: set[str]) -> dict[str, inspect.Parame
 def _parameter(name: str, kind: type, found: Sequence[tuple[str, Declaration, OptionInfo]]) -> inspect.Parameter:
     same = [(role, declaration, info) for role, declaration, info in found if info.type is kind]
     other = [declaration.name for _, declaration, info in found if info.type is not kind]
-    variants: dict[str, list[str]] = {}
+    variants: dict[tuple[str, str], list[str]] = {}
     for _, declaration, info in same:
-        variants.setdefault(_describe(info), []).append(declaration.name)
+        variants.setdefault((info.help, _limits(info)), []).append(declaration.name)
     if len(variants) == 1:
-        text, names = next(iter(variants.items()))
-        help_text = f"{text} ({', '.join(names)})"
+        text, limits = next(iter(variants))
+        help_text = f"{text}{limits} ({_listed(d.name for _, d, _ in same)})"
     else:
-        help_text = " | ".join(f"{', '.join(names)}: {text}" for text, names in variants.items())
+        help_text = " | ".join(f"{_listed(names)}: {text}{limits}" for (text, limits), names in variants.items())
     if other:
         help_text += f" (for {', '.join(other)}: -p {name}=VALUE)"
     chosen_by = " and ".join(dict.fromkeys(f"--{role}" for role, _, _ in same))
@@ -173,19 +174,27 @@ def _parameter(name: str, kind: type, found: Sequence[tuple[str, Declaration, Op
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _describe(info: OptionInfo) -> str:
+def _limits(info: OptionInfo) -> str:
     limits = [f"one of {', '.join(map(str, info.choices))}"] if info.choices else []
     limits += [f"at least {info.minimum}"] if info.minimum is not None else []
     shown = ("yes" if info.default else "no") if info.type is bool else info.default
     limits += [f"default {shown}"] if shown != "" else []
-    return f"{info.help} [{'; '.join(limits)}]" if limits else info.help
+    return f" [{'; '.join(limits)}]" if limits else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names in one line; ``int2, int3, int4`` is ``int2-int4``."""
+    runs: list[list[str]] = []
+    for name in names:
+        stem, number = re.fullmatch(r"(.*?)(\d*)", name).groups()  # type: ignore[union-attr]
+        follows = number and runs and runs[-1][-1] == f"{stem}{int(number) - 1}"
+        if follows:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(run) for run in runs)
 
 
 def escape(text: str) -> str:
     """``text`` as it is, where rich would read markup. Without importing rich, which only ``--help`` needs."""
     return text.replace("[", r"\[")
-
-
-def names(declarations: Iterable[Declaration]) -> str:
-    """For help texts: the installed names."""
-    return ", ".join(sorted(declaration.name for declaration in declarations)) or "none installed"

@@ -11,7 +11,7 @@ from monoquant_core.report import Progress, ProgressCallback
 
 LINE_SECONDS = 3.0
 
-STAGES = {"scan": "first pass", "write": "quantizing", "sync": "to disk", "done": "done"}
+STAGES = {"scan": "first pass", "write": "writing", "sync": "to disk", "done": "done"}
 
 
 @contextmanager
@@ -35,12 +35,17 @@ def _bar() -> Iterator[ProgressCallback]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     # transient: the summary says it all, and stdout may be the same terminal
     with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        tasks = {}
+        task = bar.add_task("", total=None)
+        stage = ""
 
         def show(event: Progress) -> None:
-            if event.stage not in tasks:
-                tasks[event.stage] = bar.add_task(STAGES[event.stage], total=event.total_bytes)
-            bar.update(tasks[event.stage], completed=event.done_bytes, total=event.total_bytes)
+            nonlocal stage
+            if event.stage == "done":
+                return
+            if event.stage != stage:
+                stage = event.stage
+                bar.reset(task, total=event.total_bytes, description=STAGES[stage])
+            bar.update(task, completed=event.done_bytes)
 
         yield show
 
@@ -49,13 +54,14 @@ class _Lines:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stage = ""
-        self._began = self._said = time.monotonic()
+        self._began = self._said = self._last = time.monotonic()
 
     def __call__(self, event: Progress) -> None:
         with self._lock:
             now = time.monotonic()
             if event.stage != self._stage:
-                self._stage, self._began = event.stage, now
+                self._stage, self._began = event.stage, self._last
+            self._last = now
             if now - self._said < LINE_SECONDS or not event.total_bytes:
                 return
             self._said = now

@@ -78,7 +78,7 @@ _WIDENED = Finding("slow", "codes are widened to float before every product: sav
 def _int8(sets: tuple[str, ...]) -> Finding:
     products = [name for name in instructions.INT8_PRODUCTS if name in sets]
     if products:
-        return Finding("fast", f"int8 products by {products[0]}")
+        return Finding("fast", f"int8 products by {products[0]}, in runtimes that use them")
     if "avx2" in sets:
         # Measured on AVX2 and AVX-512 without VNNI: 4 points of accuracy lost, and none with 7-bit weights.
         reason = "no VNNI: sums of two uint8 x int8 products saturate at 16 bits; weights of 7 bits avoid it"

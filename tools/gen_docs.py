@@ -43,6 +43,7 @@ else there. Options of schemes and formats are flags too: they are listed on [th
 | environment variable | effect |
 | --- | --- |
 | `MONOQUANT_DISABLED_PLUGINS` | plugins to leave out, by entry-point name, separated by commas |
+| `MONOQUANT_CACHE` | folder for the locks of outputs, in place of the platform's cache folder |
 | `MONOQUANT_STRICT_PLUGINS` | `1` makes a plugin that does not load an error; for continuous integration |
 """
 

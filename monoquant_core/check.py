@@ -62,15 +62,14 @@ def check_quantized(
     """
     if not x.numel():
         return Energies()
+    _check_codes(q)
     columns, zero_point = _columns(q), q.encoding.zero_point
     source = x.view(-1, columns.run)
-    _check_params(source, columns)
-    _check_codes(q)
     values = _decoded(q, columns, scratch)
     error = torch.sub(source, values, out=values)
     worst = torch.maximum(error.amax(1), error.amin(1).neg_())
     peak = float(worst.amax())
-    if not math.isfinite(peak):
+    if not math.isfinite(peak):  # also where a parameter is not finite, whatever the codes
         raise Mismatch("does not decode to a finite value", first_nonfinite(error))
     noise = square_sum(error, peak)
     exact_zero = q.encoding.offset is None and (zero_point is None or isinstance(zero_point, ElementType))
@@ -78,8 +77,10 @@ def check_quantized(
         moved = (source == 0) & (error != 0)
         if bool(moved.any()):
             raise Mismatch("is zero and does not stay zero", int(moved.view(-1).to(torch.uint8).argmax()))
-    if nearest and not _clearly_near(q, columns, worst):
-        _check_nearest(source, q, columns, scratch)
+    if not (nearest and _clearly_near(q, columns, worst)):
+        _check_lost(source, columns)
+        if nearest:
+            _check_nearest(source, q, columns, scratch)
     return Energies(signal, noise, peak)
 
 
@@ -185,11 +186,7 @@ def _look_up(table: torch.Tensor, codes: torch.Tensor, out: torch.Tensor, scratc
     return out
 
 
-def _check_params(source: torch.Tensor, columns: _Columns) -> None:
-    for label in ("scale", "zero_point", "offset"):
-        column = getattr(columns, label)
-        if column is not None and not bool(column.isfinite().all()):
-            raise Mismatch(f"its {label.replace('_', ' ')} is not finite", first_nonfinite(column) * columns.run)
+def _check_lost(source: torch.Tensor, columns: _Columns) -> None:
     lost = columns.scale == 0
     if columns.offset is None and bool(lost.any()):
         lost = lost & (source != 0)

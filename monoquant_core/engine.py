@@ -12,11 +12,12 @@ import dataclasses
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -62,8 +63,7 @@ from monoquant_core.stats import TensorStats
 from monoquant_core.tensor import QuantizedTensor, dtype_name, dtype_of, same_bits
 
 DEVICE_CHUNKS = 64  #: a task for an accelerator is this many times larger
-QUEUED = 2  #: tasks per thread that are handed out at a time
-POLL_SECONDS = 0.25  #: how long a signal may have to wait for the main thread
+POLL_SECONDS = 0.1  #: between looks at the threads: for progress, and for signals
 
 ALLOW = "--nonfinite allow keeps it as it is"
 
@@ -186,6 +186,8 @@ class _Work:
     def __init__(self, step: Step, ranges: list[range], stats: TensorStats | None, device: torch.device) -> None:
         self.step, self.ranges, self.stats = step, ranges, stats
         self.absmax: float | None = None
+        self.rows = row_count(step.placed.output.shape)
+        self.source_bytes = sum(spec.nbytes for spec in step.specs)
         # Parts per tensor come with the first task, and the check of every other one needs them.
         per_tensor = any(part.per == "tensor" for part in step.placed.parts)
         self.shared: Future[dict[str, torch.Tensor]] | None = Future() if per_tensor and len(ranges) > 1 else None
@@ -233,7 +235,15 @@ class _Work:
 
 
 _Task = tuple[_Work, range]
-_Place = tuple[int, int, Part]  #: file, first byte in it, part
+
+
+class _Place(NamedTuple):
+    """Where a part goes."""
+
+    file: int
+    offset: int  #: of its first byte
+    part: Part
+    dtype: torch.dtype
 
 
 class _RowWorker:
@@ -387,7 +397,7 @@ class _Store:
         """
         work, rows = task
         packed, known = self._packed(work, rows, value)
-        placed = work.step.placed
+        placed, parts = work.step.placed, self.places[work.step.placed.output.name]
         back = self.exporter.unpack({**packed, **known}, placed.output, placed.held, rows.start)
         if not _same(value, back):
             raise CheckError(
@@ -395,16 +405,28 @@ class _Store:
                 hint=f"leave it as it is: --keep '{work.name}'",
             )
         for name, tensor in packed.items():
-            file, start, part = self.places[placed.output.name][name]
-            first, _ = part.span(row_count(placed.output.shape), rows)
-            if part.per == "rows" or rows.start == 0:
-                self._write(file, start + first, tensor)
+            place = parts[name]
+            if place.part.per == "rows" or rows.start == 0:
+                first, _ = place.part.span(work.rows, rows)
+                self._write(place.file, place.offset + first, tensor)
 
     def _packed(self, work: _Work, rows: range, value: Rows) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The parts of these rows, and those of the whole tensor as its first rows gave them."""
         placed = work.step.placed
         packed = dict(self.exporter.pack(value, placed.output, placed.held, rows.start))
-        self._check_parts(work, rows, packed)
+        wrong = packed.keys() - self.places[placed.output.name].keys()
+        for name, place in self.places[placed.output.name].items():
+            tensor = packed.get(name)
+            if tensor is None:
+                if place.part.per == "rows" or rows.start == 0:
+                    wrong.add(name)
+            elif tensor.dtype != place.dtype or tensor.nbytes != place.part.span(work.rows, rows)[1]:
+                wrong.add(name)
+        if wrong:
+            raise CheckError(
+                f"{self.info.name}: {work.name}: the format packed {sorted(wrong)} otherwise than it announced: "
+                "a bug of the format"
+            )
         if work.shared is None:
             return packed, {}
         if rows.start == 0:
@@ -412,26 +434,8 @@ class _Store:
             work.shared.set_result(known)
         return packed, work.shared.result()
 
-    def _check_parts(self, work: _Work, rows: range, packed: Mapping[str, torch.Tensor]) -> None:
-        placed, total = work.step.placed, row_count(work.step.placed.output.shape)
-        wrong = sorted(set(packed) - {part.name for part in placed.parts})
-        for part in placed.parts:
-            tensor = packed.get(part.name)
-            if tensor is None:
-                if part.per == "rows" or rows.start == 0:
-                    wrong.append(part.name)
-                continue
-            nbytes = tensor.numel() * tensor.element_size()
-            if dtype_name(tensor.dtype) != part.dtype or nbytes != part.span(total, rows)[1]:
-                wrong.append(part.name)
-        if wrong:
-            raise CheckError(
-                f"{self.info.name}: {work.name}: the format packed parts {wrong} otherwise than it announced: "
-                "a bug of the format"
-            )
-
     def _write(self, file: int, offset: int, tensor: torch.Tensor) -> None:
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         if self.workers.stopped.is_set():  # the files may be gone
             raise _Stopped
         self.out.write_at(file, offset, data)
@@ -442,21 +446,18 @@ class _Stopped(Exception):
 
 
 class _Workers:
-    """Threads for tasks, each with buffers of its own; torch's own threads rest meanwhile.
-
-    :raises MonoquantError: from :meth:`map`, the failure of the first task in order that failed.
-    """
+    """Threads for tasks, each with buffers of its own; torch's own threads rest meanwhile."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.stopped = threading.Event()
-        self._local = threading.local()
 
     def __enter__(self) -> _Workers:
         # Process-wide, and for the threads that start from now on.
         self._torch_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         self._pool = ThreadPoolExecutor(self.threads, "monoquant")
+        self._scratches = [Scratch() for _ in range(self.threads)]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -470,43 +471,41 @@ class _Workers:
         self,
         function: Callable[[I, Scratch], T],
         items: Sequence[I],
-        finished: Callable[[I], None] = lambda _: None,
+        finished: Callable[[Sequence[I]], None] = lambda _: None,
     ) -> list[T]:
-        """Results in the order of the items. A few tasks are handed out at a time, in order.
+        """Results in the order of the items. A thread takes the next item when it is done with one.
 
-        :param finished: called in this thread after each task.
+        :param finished: called in this thread, a few times a second, with the items that were finished since.
+        :raises Exception: the failure of the first item, in order, that failed.
         """
         results: dict[int, T] = {}
         failures: dict[int, BaseException] = {}
-        running: dict[Future[T], int] = {}
-        waiting = iter(enumerate(items))
-        while True:
-            while not failures and len(running) < QUEUED * self.threads:
-                following = next(waiting, None)
-                if following is None:
-                    break
-                running[self._pool.submit(self._call, function, following[1])] = following[0]
-            if not running:
-                break
+        done: deque[I] = deque()
+        following = enumerate(items)
+        turn = threading.Lock()
+
+        def work(scratch: Scratch) -> None:
+            with torch.no_grad():
+                while not (failures or self.stopped.is_set()):
+                    with turn:
+                        index, item = next(following, (-1, None))
+                    if item is None:
+                        return
+                    try:
+                        results[index] = function(item, scratch)
+                    except BaseException as exc:  # noqa: BLE001 - raised in the calling thread
+                        failures[index] = exc
+                    done.append(item)
+
+        running = [self._pool.submit(work, scratch) for scratch in self._scratches[: len(items)]]
+        while running:
             # A wait without end cannot be interrupted everywhere.
-            done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-            for future in sorted(done, key=running.__getitem__):
-                index = running.pop(future)
-                if failure := future.exception():
-                    failures[index] = failure
-                    continue
-                results[index] = future.result()
-                finished(items[index])
-        if failures:  # tasks start in order, so that the first failure does not depend on threads
+            running = list(wait(running, timeout=POLL_SECONDS).not_done)
+            if not failures and done:
+                finished([done.popleft() for _ in range(len(done))])
+        if failures:  # items are taken in order, so that the first failure does not depend on threads
             raise failures[min(failures)]
         return [results[i] for i in range(len(items))]
-
-    def _call(self, function: Callable[[I, Scratch], T], item: I) -> T:
-        scratch = getattr(self._local, "scratch", None)
-        if scratch is None:
-            scratch = self._local.scratch = Scratch()
-        with torch.no_grad():
-            return function(item, scratch)
 
 
 class _Meter:
@@ -516,10 +515,10 @@ class _Meter:
         self.stage, self.tell, self.done = stage, tell, 0
         self.total = sum(map(_source_bytes, tasks))
 
-    def finished(self, task: _Task) -> None:
-        """Count a task."""
-        self.done += _source_bytes(task)
-        self.tell(Progress(self.stage, task[0].step.placed.output.name, self.done, self.total))
+    def finished(self, tasks: Sequence[_Task]) -> None:
+        """Count tasks."""
+        self.done += sum(map(_source_bytes, tasks))
+        self.tell(Progress(self.stage, tasks[-1][0].step.placed.output.name, self.done, self.total))
 
 
 def _threads(options: RunOptions) -> int:
@@ -592,7 +591,7 @@ def _places(plan: Plan) -> dict[str, dict[str, _Place]]:
             if known is None or known.nbytes != at.nbytes or at.offset < end:
                 raise PlanError(f"{file.path or plan.format}: {at.part} is laid out wrongly: a bug of the format")
             end = at.offset + at.nbytes
-            found[at.output][at.part] = (number, at.offset, known)
+            found[at.output][at.part] = _Place(number, at.offset, known, dtype_of(known.dtype))
     if parts:
         raise PlanError(f"{plan.format}: no file has {[part for _, part in parts][:3]}: a bug of the format")
     for step in plan.steps:
@@ -621,8 +620,8 @@ def _tensor_reports(tasks: Sequence[_Task], measured: Sequence[Energies]) -> tup
 
 def _source_bytes(task: _Task) -> int:
     work, rows = task
-    total, count = sum(spec.nbytes for spec in work.step.specs), max(1, row_count(work.step.placed.output.shape))
-    return total * rows.stop // count - total * rows.start // count
+    count = max(1, work.rows)
+    return work.source_bytes * rows.stop // count - work.source_bytes * rows.start // count
 
 
 def _element(shape: tuple[int, ...], rows: range, index: int | None) -> str:

@@ -16,7 +16,7 @@ from monoquant_core.planning import Plan, Step
 from monoquant_core.reencode import can_reencode, lift
 from monoquant_core.rows import all_rows, chunk_shape, chunks, quantum, row_count, row_length
 
-CHUNK_ELEMENTS = 1 << 18  #: a chunk's buffers stay in the processor's cache (docs/performance.md)
+CHUNK_ELEMENTS = 1 << 19  #: large beside what a task costs, small beside a cache (docs/performance.md)
 
 _OVERHEAD = 12 << 20  #: threads' stacks, allocator arenas, headers and plan; measured
 

@@ -5,6 +5,7 @@ Importing this module imports no torch: a plan asks :func:`can_reencode`.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -106,6 +107,7 @@ def lift(encoding: Encoding, rank: int, to_rank: int) -> Encoding:
     return Encoding(encoding.element, block, clip=encoding.clip, **params)
 
 
+@functools.lru_cache(maxsize=1024)
 def run_length(shape: Shape, block: tuple[int, ...]) -> int | None:
     """Elements of a block where every block is a run of consecutive elements and all are equally long, else None."""
     flat, extents = flattened(shape, block)
@@ -204,18 +206,13 @@ def _convert(
 ) -> ParamValue:
     from monoquant_core.tensor import QuantizedTensor, param_values
 
-    if isinstance(value, QuantizedTensor) and isinstance(target, Encoding):
-        return value
-    if isinstance(target, str):
-        if isinstance(source, str) and not isinstance(value, QuantizedTensor):
-            values = value  # without a detour: float64 would lose bits in float32
-        else:
-            values = param_values(value, source)
-        values = values.to(_dtype(target))
-    else:
-        assert not isinstance(value, QuantizedTensor)
-        values = value
-    return _spread(values.reshape(param_shape(shape, blocks)), shape, blocks, finer)
+    if isinstance(value, QuantizedTensor):
+        if isinstance(target, Encoding):
+            return value
+        value, source = value.dequantize(), "float32"
+    if isinstance(target, str) and source != target:
+        value = param_values(value, source).to(_dtype(target))
+    return _spread(value.reshape(param_shape(shape, blocks)), shape, blocks, finer)
 
 
 def _spread(param: torch.Tensor, shape: Shape, blocks: tuple[int, ...], finer: tuple[int, ...]) -> torch.Tensor:

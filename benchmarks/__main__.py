@@ -15,6 +15,8 @@ from benchmarks.results import Section
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 SIZES, QUICK_SIZES = (1.2, 8.0), (0.004, 0.02)  # gigabytes
 
+QUICK = "A quick run: sizes are so small that figures and gates mean nothing."
+
 
 def main() -> None:
     """Measure what is asked for."""
@@ -23,7 +25,7 @@ def main() -> None:
     described = machine()
     with tempfile.TemporaryDirectory(prefix="monoquant-bench-", dir=args.temp) as folder:
         sections = [section for name in args.only for section in _measure(name, Path(folder), args)]
-    page = render(sections, described)
+    page = render(sections, described, QUICK if args.quick else "")
     complete = not args.quick and set(args.only) == set(AREAS)
     if output := args.output or (PAGE if complete else None):
         output.write_text(page, encoding="utf-8")
@@ -74,7 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sizes", type=lambda text: tuple(map(float, text.split(","))), help="checkpoints, in GB: 1.2,8"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="runs of the pipeline; one less for 4 GB and more")
+    parser.add_argument("--rounds", type=int, default=7, help="runs of the pipeline; a third of them for 4 GB and more")
     parser.add_argument("--temp", type=Path, help="folder for checkpoints: room for twice the largest, not in memory")
     args = parser.parse_args()
     args.only = args.only or list(AREAS)

@@ -27,7 +27,7 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """One scheme, and what it is held to."""
 

@@ -19,10 +19,10 @@ to; a missed one says so. The figure that is judged is the best of several runs,
 machine only ever makes a run slower; the median stands beside it."""
 
 
-def render(sections: Sequence[Section], machine: str) -> str:
-    """The whole page."""
+def render(sections: Sequence[Section], machine: str, warning: str = "") -> str:
+    """The whole page; a warning stands above everything."""
     gates = [gate.row() for section in sections for gate in section.gates]
-    blocks = [INTRODUCTION.strip(), machine]
+    blocks = [INTRODUCTION, *([f"**{warning}**"] if warning else []), machine]
     if gates:
         blocks += ["## Gates", _table(Table(("what", "gate", "best", "median", "result"), gates))]
     for section in sections:

@@ -18,7 +18,6 @@ CPU_GATE = 3.0  # times cp
 MEMORY_GATE = 64.0  # MB above start-up
 GROWTH_GATE = 8.0  # MB more for the larger model: "the same", less what allocators do
 START_UP_GB = 0.001
-START_UP_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -33,16 +32,16 @@ class Runs:
 
 
 def measure(temp: Path, *, sizes: Sequence[float], rounds: int) -> Section:
-    """Make a checkpoint of every size (gigabytes), quantize and copy it in turn; a large one in fewer rounds."""
+    """Make a checkpoint of every size (GB), copy and quantize it in turn; from 4 GB on in a third of the rounds."""
     small = temp / "start-up"
     write_checkpoint(small, geometry(START_UP_GB))
-    start_up = _runs([_quantize(small, temp / "out") for _ in range(START_UP_ROUNDS)])
+    start_up = _runs([_quantize(small, temp / "out") for _ in range(rounds + 2)])
     rows, gates, peaks = [("start-up", "", *_cells(start_up), "", "", megabytes(start_up.peak), "", "", "")], [], []
     for size in sizes:
         folder = temp / "checkpoint"
         nbytes = write_checkpoint(folder, geometry(size))
         copies, quantized = [], []
-        for _ in range(rounds if size < 4 else max(1, rounds - 1)):
+        for _ in range(rounds if size < 4 else max(1, rounds // 3)):
             copies.append(_copy(folder, temp / "copy"))
             quantized.append(_quantize(folder, temp / "out"))
         shutil.rmtree(folder)

@@ -33,6 +33,7 @@ def test_quick_run_writes_every_table(tmp_path: Path) -> None:
         "`monoquant plan`: wall time",
     ):
         assert any(what in line and line.startswith("| ") for line in text.splitlines()), what
+    assert "A quick run" in text
     assert list(tmp_path.iterdir()) == [page], "checkpoints are removed"
 
 

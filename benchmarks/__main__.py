@@ -39,7 +39,7 @@ def main() -> None:
 def _startup(temp: Path, args: argparse.Namespace) -> list[Section]:
     from benchmarks import startup
 
-    return [startup.measure(temp, rounds=2 if args.quick else 9)]
+    return [startup.measure(temp, rounds=1 if args.quick else 9)]
 
 
 def _kernels(temp: Path, args: argparse.Namespace) -> list[Section]:

@@ -35,7 +35,7 @@ def measure(temp: Path, *, sizes: Sequence[float], rounds: int) -> Section:
     """Make a checkpoint of every size (GB), copy and quantize it in turn; from 4 GB on in a third of the rounds."""
     small = temp / "start-up"
     write_checkpoint(small, geometry(START_UP_GB))
-    start_up = _runs([_quantize(small, temp / "out") for _ in range(rounds + 2)])
+    start_up = _runs([_quantize(small, temp / "out") for _ in range(rounds)])
     rows, gates, peaks = [("start-up", "", *_cells(start_up), "", "", megabytes(start_up.peak), "", "", "")], [], []
     for size in sizes:
         folder = temp / "checkpoint"

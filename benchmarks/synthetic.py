@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ def write_checkpoint(folder: Path, model: Geometry) -> int:
             filled = 0
         shards[-1].append(name)
         filled += nbytes
-    pool = heavy_tailed((POOL,)).to(torch.bfloat16)
+    pool = _pool()
     start = 0
     index: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
@@ -107,6 +108,11 @@ def write_checkpoint(folder: Path, model: Geometry) -> int:
     (folder / "model.safetensors.index.json").write_text(json.dumps(weight_map))
     (folder / "config.json").write_text(json.dumps(model.config))
     return sum(file.stat().st_size for file in folder.iterdir())
+
+
+@functools.cache
+def _pool() -> torch.Tensor:
+    return heavy_tailed((POOL,)).to(torch.bfloat16)
 
 
 def _cut(pool: torch.Tensor, start: int, shape: tuple[int, ...]) -> torch.Tensor:

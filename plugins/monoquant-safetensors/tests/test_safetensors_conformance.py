@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from monoquant_safetensors import plugin
+from monoquant_safetensors.exporter import SafetensorsExporter
+from monoquant_safetensors.plugin import SafetensorsOptions
 
 from monoquant_core.declarations import SourceDeclaration
 from monoquant_core.model import ModelInfo
@@ -13,9 +16,6 @@ from monoquant_core.rows import all_rows
 from monoquant_core.sources import open_source
 from monoquant_core.tensor import QuantizedTensor
 from monoquant_core.testing import ExporterConformance, PluginConformance
-from monoquant_safetensors import plugin
-from monoquant_safetensors.exporter import SafetensorsExporter
-from monoquant_safetensors.plugin import SafetensorsOptions
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 

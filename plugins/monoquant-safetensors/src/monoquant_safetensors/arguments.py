@@ -30,13 +30,19 @@ INT = "int-quantized"
 FLOAT = "float-quantized"
 MXFP4 = "mxfp4-pack-quantized"
 MXFP8 = "mxfp8-quantized"
+NVFP4 = "nvfp4-pack-quantized"  # read, not written
 MIXED = "mixed-precision"
 
-#: formats of weights whose codes have bytes of their own; what compressed-tensors calls naive is one of the others
-PLAIN = (INT, FLOAT, MXFP8)
-
 MX_GROUP = 32  # OCP MX specification v1.0: elements that share a scale
+NV_GROUP = 16
 
+#: format -> bits and group size of its floats
+_FLOATS: dict[str, tuple[int, int | None]] = {
+    FLOAT: (8, None),
+    MXFP4: (4, MX_GROUP),
+    MXFP8: (8, MX_GROUP),
+    NVFP4: (4, NV_GROUP),
+}
 _STRATEGIES = {"tensor", "channel", "group", "block", "token", "tensor_group", "attn_head"}
 
 
@@ -151,17 +157,14 @@ def read_weights(args: object, format: str) -> Weights:
     if strategy == "block":
         if not isinstance(block, list) or len(block) != 2 or any(type(n) is not int or n < 1 for n in block):
             raise ArgumentError(f"weights: block_structure is two sizes, got {block!r}")
-    elif strategy not in ("tensor", "channel", "group"):
+    elif strategy not in ("tensor", "channel", "group") and (strategy, format) != ("tensor_group", NVFP4):
         raise ArgumentError(f"weights: strategy {strategy!r} is not supported")
     if format == "naive-quantized":
         format = INT if kind == "int" else FLOAT
-    if (format, kind) not in {(PACKED, "int"), (INT, "int"), (FLOAT, "float"), (MXFP4, "float"), (MXFP8, "float")}:
+    if (format, kind) not in {(PACKED, "int"), (INT, "int"), *((f, "float") for f in _FLOATS)}:
         raise ArgumentError(f"format {format!r} of {kind} weights is not supported")
-    wanted = {FLOAT: 8, MXFP4: 4, MXFP8: 8}.get(format)
-    if bits != wanted if wanted else not 2 <= bits <= 8:
-        raise ArgumentError(f"weights: num_bits {bits} with {format!r} is not supported")
-    if (format in (MXFP4, MXFP8) and group != MX_GROUP) or (format == FLOAT and group is not None):
-        raise ArgumentError(f"weights: group_size {group} with {format!r} is not supported")
+    if not 2 <= bits <= 8 or (format in _FLOATS and (bits, group) != _FLOATS[format]):
+        raise ArgumentError(f"weights: num_bits {bits}, group_size {group} with {format!r} are not supported")
     if kind == "float" and not symmetric:
         raise ArgumentError("weights: asymmetric floats are not supported")
     size = (block[0], block[1]) if strategy == "block" and isinstance(block, list) else None
@@ -176,6 +179,8 @@ def encoding_of(weights: Weights, scale_dtype: str) -> Encoding:
     assert block is not None
     if weights.format == MXFP4:
         return Encoding(FLOAT4_E2M1FN, block, FLOAT8_E8M0FNU)
+    if weights.format == NVFP4:
+        return Encoding(FLOAT4_E2M1FN, block, Encoding(FLOAT8_E4M3FN, per_tensor(2), "float32"))
     if weights.type == "float":
         return Encoding(FLOAT8_E4M3FN, block, FLOAT8_E8M0FNU if weights.format == MXFP8 else scale_dtype)
     unsigned = integer(weights.bits, signed=False)

@@ -10,6 +10,8 @@ int-quantized      ``P.weight`` int8 ``[N, K]``, ``P.weight_scale``
 float-quantized    ``P.weight`` float8_e4m3fn ``[N, K]``, ``P.weight_scale``
 mxfp4-pack-...     ``P.weight_packed`` uint8 ``[N, K / 2]``, ``P.weight_scale`` uint8 (an exponent)
 mxfp8-quantized    ``P.weight`` float8_e4m3fn ``[N, K]``, ``P.weight_scale`` uint8 (an exponent)
+nvfp4-pack-...     ``P.weight_packed`` uint8 ``[N, K / 2]``, ``P.weight_scale`` float8_e4m3fn, ``P.weight_global_scale``
+                   float32 ``[1]``, a divisor: only read, because its reciprocal is not exact
 =================  ===========================================================================================
 
 Scales are ``[N, groups]``, ``[N, 1]`` per channel, ``[1]`` per tensor. Zero points are ``P.weight_zero_point``: int32
@@ -117,7 +119,7 @@ class CompressedTensorsExporter:
             # Consumers multiply in the scale's dtype and create it in the model's.
             wanted = dataclasses.replace(encoding, scale=out.dtype)
         exact = can_reencode(encoding, wanted, out.shape) == "exact"
-        notes = _notes(weights)
+        notes = _notes(weights, out)
         if activation is not None and not activation.dynamic:
             if wanted == encoding:
                 return HoldsStatic(weights.format, encoding, notes, activation)
@@ -205,13 +207,16 @@ def module_parts(out: Output, held: Held) -> list[Part]:
     assert encoding is not None
     n, k = out.shape
     prefix, bits = out.name.removesuffix("weight"), encoding.element.bits
-    packed = {ct.PACKED: "int32", ct.MXFP4: "uint8"}.get(held.layout)
+    packed = {ct.PACKED: "int32", ct.MXFP4: "uint8", ct.NVFP4: "uint8"}.get(held.layout)
     if packed is not None:
         parts = [Part(f"{prefix}weight_packed", packed, (n, -(-k * bits // (32 if packed == "int32" else 8))))]
     else:
         parts = [Part(out.name, "int8" if held.layout == ct.INT else "float8_e4m3fn", (n, k))]
     grid = param_shape(out.shape, encoding.block)
     stored = "uint8" if isinstance(encoding.scale, ElementType) else str(encoding.scale)
+    if held.layout == ct.NVFP4:
+        stored = "float8_e4m3fn"
+        parts.append(Part(f"{prefix}weight_global_scale", "float32", (1,), per="tensor"))
     parts.append(_grid_part(f"{prefix}weight_scale", stored, out.shape, encoding.block))
     if encoding.zero_point is not None and held.layout == ct.PACKED:
         # Packed along N: a word holds zero points of several rows. Only whole words of whole rows can be cut.
@@ -257,7 +262,7 @@ def _refuse(out: Output, reason: str) -> Refuses:
     return Refuses(reason, hint=f"--convention generic holds it; or leave it as it is: --keep '{out.name}'")
 
 
-def _notes(weights: ct.Weights) -> tuple[str, ...]:
+def _notes(weights: ct.Weights, out: Output) -> tuple[str, ...]:
     notes = []
     if weights.format == ct.PACKED:
         if not weights.symmetric:
@@ -269,15 +274,17 @@ def _notes(weights: ct.Weights) -> tuple[str, ...]:
             notes.append("packed weights with one scale per tensor: transformers loads them, vLLM does not")
         if weights.bits not in (4, 8):
             notes.append(
-                f"{weights.bits}-bit weights: transformers and vLLM load them (compressed-tensors >= 0.16), "
-                "SGLang reads 4 and 8 bits only"
+                f"{weights.bits}-bit weights: vLLM and transformers load them with a compressed-tensors of June 2026 "
+                "or later; SGLang reads packed weights of 4 and 8 bits only"
             )
         if weights.group_size not in (None, 32, 64, 128):
             notes.append(f"groups of {weights.group_size}: vLLM's kernels take groups of 32, 64 and 128")
     if weights.format == ct.INT and not weights.symmetric:
         notes.append("asymmetric int8 weights with int8 activations: transformers loads them, vLLM does not")
-    if weights.block not in (None, (128, 128)):
-        notes.append(f"fp8 blocks of {weights.block}: vLLM's kernels take 128x128")
+    if weights.block is not None and (weights.block != (128, 128) or out.shape[1] % 128):
+        notes.append(f"fp8 blocks of {weights.block}: vLLM's kernels take whole blocks of 128x128")
+    if weights.format in (ct.MXFP4, ct.MXFP8) and out.dtype != "bfloat16":
+        notes.append(f"{weights.format}: transformers 5.23 runs it in bfloat16 models only, and this is {out.dtype}")
     return tuple(notes)
 
 

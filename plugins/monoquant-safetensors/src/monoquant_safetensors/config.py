@@ -79,8 +79,8 @@ def layout_notes(schemes: Mapping[str, Scheme], layout: FileLayout) -> list[str]
     groups = {scheme.key for scheme in schemes.values()}
     if len(groups) > 1:
         notes.append(
-            f"{len(groups)} config groups: load with transformers' defaults; dequantize=True silently gives wrong "
-            "weights for all but the first (transformers 5.23)"
+            f"{len(groups)} config groups: load them with transformers' defaults; with dequantize=True transformers "
+            "5.23 takes the first group for all modules, and fails or gives wrong weights without a word"
         )
     if _head_is_tied(layout) and (layout.info.config or {}).get("tie_word_embeddings") is False:
         notes.append("tie_word_embeddings is set: head and embeddings are one tensor, and it is written once")

@@ -27,7 +27,9 @@ class SafetensorsExporter(GenericExporter):
         """
         if self._convention == "generic":
             return GenericExporter(self._max_shard)
-        if info.model_type is not None and (self._convention != "auto" or any(map(is_linear, specs))):
+        if info.model_type is not None and (
+            self._convention != "auto" or any(is_linear(spec) and spec.kind != "head" for spec in specs)
+        ):
             return CompressedTensorsExporter(self._max_shard, specs, info)
         if self._convention == "auto":
             return GenericExporter(self._max_shard)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from monoquant_core.encoding import FULL, ElementType, param_shape
+from monoquant_core.encoding import FULL, ElementType, Encoding, param_shape
 from monoquant_core.exporters import Held, Output
 from monoquant_core.packing import pack_bits, pack_words, unpack_bits, unpack_words
-from monoquant_core.tensor import QuantizedTensor, dtype_of
+from monoquant_core.tensor import ParamValue, QuantizedTensor, dtype_of
 from monoquant_safetensors import arguments as ct
 from monoquant_safetensors.compressed_tensors import static_input
 
@@ -47,13 +47,13 @@ def pack(rows: QuantizedTensor, out: Output, held: Held) -> dict[str, torch.Tens
 
 
 def unpack(parts: Mapping[str, torch.Tensor], out: Output, held: Held) -> QuantizedTensor:
-    """Inverse of :func:`pack`. Parts may come flat."""
+    """Inverse of :func:`pack`, and what NVFP4 is. Parts may come flat."""
     encoding = held.encoding
     assert encoding is not None
     prefix, k = out.name.removesuffix("weight"), out.shape[1]
     element = encoding.element
     signed = element.kind == "int" and element.signed
-    if held.layout in (ct.PACKED, ct.MXFP4):
+    if held.layout in (ct.PACKED, ct.MXFP4, ct.NVFP4):
         stored = parts[f"{prefix}weight_packed"]
         words = held.layout == ct.PACKED
         stored = stored.reshape(-1, -(-k * element.bits // (32 if words else 8)))
@@ -62,7 +62,11 @@ def unpack(parts: Mapping[str, torch.Tensor], out: Output, held: Held) -> Quanti
         stored = parts[out.name].reshape(-1, k)
         codes = _unsigned(stored, element) if held.layout == ct.INT else stored.view(torch.uint8)
     grid = param_shape((codes.shape[0], k), encoding.block)
-    scale = parts[f"{prefix}weight_scale"].reshape(grid)
+    stored_scale = parts[f"{prefix}weight_scale"].reshape(grid)
+    scale: ParamValue = stored_scale
+    if isinstance(encoding.scale, Encoding):  # NVFP4
+        divisor = parts[f"{prefix}weight_global_scale"].reshape(1, 1)
+        scale = QuantizedTensor(encoding.scale, stored_scale.view(torch.uint8), divisor.reciprocal())
     zero_point = None
     if isinstance(encoding.zero_point, ElementType):
         zero_point = parts[f"{prefix}weight_zero_point"]

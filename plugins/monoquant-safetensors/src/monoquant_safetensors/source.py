@@ -251,6 +251,9 @@ class CompressedTensorsSource(FinishedSource):
             elif prefix not in done:
                 done.add(prefix)
                 specs.append(self._module(prefix, groups))
+        if any(stored.held.layout == ct.NVFP4 for stored in self._stored.values()):
+            note = f"{self.path}: NVFP4 stores what its scales are divided by; they are multiplied by the reciprocal"
+            self.info = dataclasses.replace(self.info, notes=(*self.info.notes, note))
         return specs
 
     def _module(self, prefix: str, groups: _Groups) -> TensorSpec:
@@ -272,7 +275,7 @@ class CompressedTensorsSource(FinishedSource):
         scale = self.entries.get(f"{prefix}weight_scale")
         if scale is None:
             raise SourceError(f"{where}: {prefix}weight_scale is missing")
-        if weights.format not in (ct.MXFP4, ct.MXFP8) and scale.dtype not in FLOAT_BITS:
+        if weights.format not in (ct.MXFP4, ct.MXFP8, ct.NVFP4) and scale.dtype not in FLOAT_BITS:
             raise SourceError(f"{self._at(own['weight_scale'])}: a scale of {scale.dtype}")
         encoding = ct.encoding_of(weights, scale.dtype)
         dtype = scale.dtype if scale.dtype in FLOAT_BITS else self._config_dtype()
@@ -295,7 +298,7 @@ class CompressedTensorsSource(FinishedSource):
 
     def _shape(self, prefix: str, weights: ct.Weights, where: str) -> tuple[int, int]:
         """Rows and columns of the weight."""
-        packed = weights.format in (ct.PACKED, ct.MXFP4)
+        packed = weights.format in (ct.PACKED, ct.MXFP4, ct.NVFP4)
         entry = self.entries.get(f"{prefix}weight_packed" if packed else f"{prefix}weight")
         if entry is None or len(entry.shape) != 2:
             found = "missing" if entry is None else f"a tensor of shape {entry.shape}"
@@ -313,7 +316,7 @@ class CompressedTensorsSource(FinishedSource):
         if shape[0] != rows or -(-shape[1] * weights.bits // 32) != columns or shape[1] < 1:
             raise SourceError(
                 f"{where}: {weights.bits}-bit codes of shape {shown(shape)} do not fit {entry.shape} words",
-                hint="before version 0.16 compressed-tensors packed 3, 5, 6 and 7 bits otherwise: "
+                hint="before June 2026 compressed-tensors packed 3, 5, 6 and 7 bits otherwise: "
                 "start from the float checkpoint",
             )
         return shape

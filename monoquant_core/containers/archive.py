@@ -11,7 +11,7 @@ from monoquant_core.containers.reader import FileReader
 from monoquant_core.errors import SourceError
 
 MAGIC = b"PK\x03\x04"
-_LOCAL_HEADER = 30
+_LOCAL_HEADER, _END = 30, 22  #: bytes of a record's own header, and of the end of the directory
 
 
 class Archive:
@@ -22,6 +22,11 @@ class Archive:
 
     def __init__(self, reader: FileReader) -> None:
         self.reader = reader
+        # Of the many places where zip programs look for a directory only the last is taken: a truncated archive may
+        # hold whole ones.
+        end_record = reader.read(max(0, reader.size - _END), min(_END, reader.size))
+        if not end_record.startswith(b"PK\x05\x06") or not end_record.endswith(b"\0\0"):
+            raise SourceError(f"{reader.path}: damaged zip archive: it does not end with its directory")
         try:
             with zipfile.ZipFile(cast("IO[bytes]", _Stream(reader))) as archive:
                 infos, end = archive.infolist(), archive.start_dir
@@ -31,6 +36,8 @@ class Archive:
             raise SourceError(f"{reader.path}: damaged zip archive: {' '.join(str(exc).split())[:160]}") from exc
         if not infos:
             raise SourceError(f"{reader.path}: an empty zip archive")
+        if min(info.header_offset for info in infos) != 0:
+            raise SourceError(f"{reader.path}: damaged zip archive: it does not start with its first record")
         #: torch keeps everything below one folder, and takes the first record's
         self.root = infos[0].filename.partition("/")[0] + "/"
         self._infos: dict[str, tuple[zipfile.ZipInfo, int]] = {}

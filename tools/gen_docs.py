@@ -17,7 +17,12 @@ import typer
 from monoquant_core import testing
 from monoquant_core.cli.app import build_app
 from monoquant_core.cli.catalog import BUILT_IN_RECIPES, describe
+from monoquant_core.errors import UnsupportedEncodingError
+from monoquant_core.model import ModelInfo, TensorSpec
+from monoquant_core.planner import make_plan
+from monoquant_core.planning import describe as stored_as
 from monoquant_core.plugins import TABLES, Registry, load_registry
+from monoquant_core.testing import declarations as testing_declarations
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -34,6 +39,7 @@ else there. Options of schemes and formats are flags too: they are listed on [th
 | exit status | meaning |
 | --- | --- |
 | 0 | done |
+| 1 | `conformance` found a fault |
 | 2 | refused, or a usage error: one `error:` line that names the file and the tensor, and a `hint:` |
 | 3 | a bug in monoquant or in a plugin: a traceback |
 | 130 | Ctrl-C |
@@ -60,6 +66,9 @@ the same for whatever is installed. Names and aliases compare case-insensitively
 
 BEGIN, END = "<!-- begin generated: make docs -->", "<!-- end generated -->"
 
+#: schemes shown with every option; the other widths of integers take the same ones
+IN_DETAIL = {"int4", "int8", "w8a8", "fp8"}
+
 #: attribute of the Registry -> title and introduction, in the order of the page
 SECTIONS = {
     "schemes": ("Schemes", "Chosen by `--scheme`, by `--set` and by a recipe's rules."),
@@ -85,11 +94,12 @@ def main() -> int:
 def pages() -> dict[Path, str]:
     """Every generated page, complete."""
     registry = own_registry()
-    kit = DOCS / "plugins" / "testing.md"
+    kit, safetensors = DOCS / "plugins" / "testing.md", DOCS / "formats" / "safetensors.md"
     return {
         DOCS / "cli.md": cli_page(registry),
         DOCS / "options.md": options_page(registry),
         kit: between_marks(kit, kit_tables()),
+        safetensors: between_marks(safetensors, held_table(registry, "safetensors")),
     }
 
 
@@ -166,6 +176,55 @@ def kit_tables() -> str:
         rows = [(f"`{n}`", (f.__doc__ or "").replace("``", "`")) for n, f in tests.items()]
         blocks += [f"### {name}", _table(("test", "asserts"), rows)]
     return "\n\n".join(blocks)
+
+
+class _Linear:
+    """A model of one Linear layer, on paper."""
+
+    info = ModelInfo("a Linear layer", {"model_type": "llama"})
+
+    def specs(self) -> Sequence[TensorSpec]:
+        return [TensorSpec("model.layers.0.mlp.up_proj.weight", (4096, 4096), "float32", kind="linear")]
+
+    def read(self, name: str, rows: range, scratch: object = None) -> Any:
+        raise NotImplementedError(name)
+
+    def close(self) -> None:
+        pass
+
+
+def held_table(registry: Registry, format: str) -> str:
+    """What a format makes of every scheme, by default and, for some, with each option changed alone."""
+    rows: dict[tuple[str, str], Sequence[str]] = {}
+    for declaration in registry.schemes.values():
+        for label, values in testing_declarations.variants(declaration):
+            if label != "defaults" and declaration.name not in IN_DETAIL:
+                continue
+            flags = " ".join([declaration.name, *(_as_typed(k, v) for k, v in values.items())])
+            try:
+                plan = make_plan(
+                    _Linear(),
+                    registry=registry,
+                    scheme=declaration.name,
+                    scheme_options=values,
+                    format=format,
+                    quantizing=False,  # a cast to what it is already changes nothing, and that is an answer here
+                )
+            except UnsupportedEncodingError as exc:
+                rows[flags, ""] = (f"`{flags}`", "refused", "", "", str(exc))
+                continue
+            (step,) = plan.steps
+            proposal = step.placed.proposal
+            activation = str(proposal.activation or "") if proposal is not None else ""
+            stored = f"`{stored_as(step)}`" + (f", inputs {activation}" if activation else "")
+            layout, bits = step.placed.held.layout, f"{plan.bits_per_weight:.3f}"
+            rows.setdefault((stored, layout), (f"`{flags}`", stored, layout, bits, "; ".join(plan.notes)))
+    return _table(("scheme", "stored as", "layout", "bits per weight", "notes"), rows.values())
+
+
+def _as_typed(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    return f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
 
 
 def _origin(registry: Registry, attribute: str, name: str) -> str:

@@ -244,10 +244,10 @@ class QuantizedModel:
         :param nonfinite: whether NaN and infinity may stay in tensors that are kept.
         :raises MonoquantError: naming the file and the tensor.
         """
-        from monoquant_core.engine import RunOptions, write
-
         path = destination_for(path, format, self._registry)
         plan = self.plan(format, format_options=format_options, destination=path.name, on_unsupported=on_unsupported)
+        from monoquant_core.engine import RunOptions, write  # not before the plan: a refusal need not wait for torch
+
         options = RunOptions(threads=threads, device=device, force=force, nonfinite=nonfinite)
         return write(plan, self.source, path, options, stats=self._stats, progress=progress)
 

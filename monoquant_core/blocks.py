@@ -124,7 +124,8 @@ def absmax_scale(
             "cannot hold",
             hint=f"choose a format with bfloat16 or float32 scales, or {_keep(context)}",
         )
-    short = magnitude > held * (largest + beyond)
+    power = power_of_two(magnitude)  # so that products of subnormal numbers do not lose the fraction that decides
+    short = magnitude / power > held / power * (largest + beyond)
     bits = scale.view(torch.int32 if exact else torch.int16)
     bits += short.to(bits.dtype)
     return scale.masked_fill_(magnitude == 0, 1.0)

@@ -19,6 +19,8 @@ SPAN = 1 << 16  #: elements to search at a time: three float32 buffers of them s
 #: the step that suits a unit normal best, by bits: J. Max, "Quantizing for minimum distortion" (1960), table II
 NORMAL_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
 
+_SEGMENT = 1 << 14  #: elements that are summed in one go; torch divides longer sums among its threads
+
 _FINEST = 0.85  #: of the coarsest candidate: the finest one is at most this, however flat the distribution
 
 
@@ -64,7 +66,7 @@ def best_scale(
     :param coarsest: ``[blocks]``; its sign is that of the candidates.
     """
     q, product = (scratch.take(f"int.{name}", x.shape, torch.float32, x.device) for name in ("q", "product"))
-    deviation = torch.mul(x, x, out=product).sum(1).div_(x.shape[1]).sqrt_()
+    deviation = _sums(torch.mul(x, x, out=product), x.new_empty(len(x))).div_(x.shape[1]).sqrt_()
     finest = torch.minimum(deviation * NORMAL_STEP[bits], coarsest.abs() * _FINEST).copysign_(coarsest)
     first, stride = coarsest.reciprocal(), (finest.reciprocal() - coarsest.reciprocal()) / (CANDIDATES - 2)
     inverse = torch.stack([plain.reciprocal(), *(first + stride * k for k in range(CANDIDATES - 1))])
@@ -75,10 +77,20 @@ def best_scale(
     for k in range(CANDIDATES):
         torch.mul(x, inverse[k].unsqueeze(1), out=q).round_()
         codes.clip_(q)
-        torch.sum(torch.mul(wx, q, out=product), 1, out=xq[k])
+        _sums(torch.mul(wx, q, out=product), xq[k])
         torch.mul(q, q, out=product)
-        torch.sum(product if weight is None else product.mul_(weight), 1, out=qq[k])
+        _sums(product if weight is None else product.mul_(weight), qq[k])
     refit = xq / qq
     # NaN where all codes are 0. max, because argmax over a leading axis is ten times slower.
     best = (refit * xq).nan_to_num_(-1.0).max(0, keepdim=True).indices
     return torch.gather(refit, 0, best).squeeze(0)
+
+
+def _sums(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The sum of every row, in an order that depends on nothing but the length of the rows."""
+    if values.shape[1] <= _SEGMENT:
+        return torch.sum(values, 1, out=out)
+    torch.sum(values[:, :_SEGMENT], 1, out=out)
+    for start in range(_SEGMENT, values.shape[1], _SEGMENT):
+        out += values[:, start : start + _SEGMENT].sum(1)
+    return out

@@ -139,13 +139,11 @@ def test_mixed_precision_is_exact(llama, tmp_path):
 def test_dequantize_true_is_wrong_for_mixed_precision(llama, tmp_path):
     """What the note warns of. When this fails, transformers has been repaired: drop the note."""
     path = tmp_path / "out"
-    rules = ["*.down_proj=int8:group_size=32"]
-    with mq.quantize(llama, scheme="int4", options={"group_size": 32}, set=rules) as model:
+    with mq.quantize(llama, scheme="int4", options={"group_size": 32}, set=["*.down_proj=int8"]) as model:
         report = model.save(path)
     assert any("takes the first group for all modules" in note for note in report.notes)
-    loaded = load(path, quantization_config=transformers.CompressedTensorsConfig(dequantize=True))
-    with pytest.raises(AssertionError, match="down_proj"):
-        check_exact(loaded, path)
+    with pytest.raises((RuntimeError, AssertionError)):  # depending on which group is the first
+        check_exact(load(path, quantization_config=transformers.CompressedTensorsConfig(dequantize=True)), path)
 
 
 def test_asymmetric_loads_with_dequantize_only(llama, tmp_path):

@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from monoquant_core.tensor import QuantizedTensor
 
 #: what a quantized module has in a file beside, or in place of, its weight
-_MODULE_TENSORS = re.compile(
-    r"(?:^|.*\.)(weight_(?:packed|scale|shape|zero_point|global_scale|g_idx)|input_(?:scale|zero_point|global_scale))$"
+_WEIGHT_TENSORS = tuple(
+    f"weight_{label}" for label in ("packed", "scale", "shape", "zero_point", "global_scale", "g_idx")
 )
+_INPUT_TENSORS = tuple(f"input_{label}" for label in ("scale", "zero_point", "global_scale"))
 _CODES = ("int8", "uint8", "int32", "float8_e4m3fn", "float8_e5m2")  #: dtypes of weights that are not floats
 _FLOAT_FORMATS = {"int8": ct.INT, "float8_e4m3fn": ct.FLOAT}
 
@@ -229,24 +230,19 @@ class CompressedTensorsSource(FinishedSource):
         groups = _Groups(self.path / "config.json", config)
         owners: dict[str, str] = {}  # tensor -> prefix of its module
         for name, entry in self.entries.items():
-            found = _MODULE_TENSORS.match(name)
-            if found and (
-                found[1].startswith("weight") or f"{name.removesuffix(found[1])}weight_scale" in self.entries
-            ):
-                owners[name] = name.removesuffix(found[1])
-            elif name.endswith("weight") and entry.dtype in _CODES and name.rpartition(".")[2] == "weight":
-                owners[name] = name.removesuffix("weight")
+            label = name.rpartition(".")[2]
+            prefix, scaled = name.removesuffix(label), f"{name.removesuffix(label)}weight_scale" in self.entries
+            if label == "weight":
+                quantized = scaled or entry.dtype in _CODES
+            else:
+                quantized = label in _WEIGHT_TENSORS or (scaled and label in _INPUT_TENSORS)
+            if quantized:
+                owners[name] = prefix
         specs: list[TensorSpec] = []
         done: set[str] = set()
         for name, entry in self.entries.items():
-            prefix = owners.get(name)
-            if (
-                prefix is None
-                and f"{name.removesuffix('weight')}weight_scale" in self.entries
-                and name.endswith("weight")
-            ):
-                raise SourceError(f"{self._at(name)}: {entry.dtype} beside a scale: the weight is not compressed")
-            if prefix is None:
+            prefix = owners.get(name, "")
+            if name not in owners:
                 specs.append(TensorSpec(name, entry.shape, entry.dtype))
             elif prefix not in done:
                 done.add(prefix)
@@ -259,8 +255,11 @@ class CompressedTensorsSource(FinishedSource):
     def _module(self, prefix: str, groups: _Groups) -> TensorSpec:
         """The weight of one quantized module."""
         module = prefix.removesuffix(".")
-        own = {n.removeprefix(prefix): n for n in _candidates(prefix) if n in self.entries}
+        labels = ("weight", *_WEIGHT_TENSORS, *_INPUT_TENSORS)
+        own = {label: f"{prefix}{label}" for label in labels if f"{prefix}{label}" in self.entries}
         where = self._at(next(iter(own.values())))
+        if "weight" in own and self.entries[own["weight"]].dtype in FLOAT_BITS:
+            raise SourceError(f"{where}: floats beside a scale: the weight is not compressed")
         for label in ("weight_g_idx", "input_global_scale"):
             if label in own:
                 raise SourceError(f"{self._at(own[label])}: {label} is not supported")
@@ -398,14 +397,6 @@ class _Groups:
             reason = "transform_config: rotated weights are not supported"
         if reason:
             raise SourceError(f"{self.path}: {reason}", hint="start from the float checkpoint")
-
-
-def _candidates(prefix: str) -> Iterator[str]:
-    yield f"{prefix}weight"
-    for label in ("packed", "scale", "shape", "zero_point", "global_scale", "g_idx"):
-        yield f"{prefix}weight_{label}"
-    for label in ("scale", "zero_point", "global_scale"):
-        yield f"{prefix}input_{label}"
 
 
 def _check_part(path: Path, entry: TensorEntry | None, part: Part, *, loose: bool = False) -> None:

@@ -52,7 +52,8 @@ bench: $(VENV)/.installed-bench
 dist: setup
 	@rm -rf dist
 	@for project in . plugins/*; do \
-	  echo "building $$project"; $(BIN)/python -m build --no-isolation --outdir dist $$project >/dev/null || exit 1; \
+	  echo "building $$project"; \
+	  said=$$($(BIN)/python -m build --no-isolation --outdir dist $$project 2>&1) || { echo "$$said"; exit 1; }; \
 	done
 	@ls dist
 

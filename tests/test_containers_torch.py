@@ -289,6 +289,13 @@ def test_the_flag_changes_nothing_for_files_without_code(tmp_path: Path) -> None
     assert source.info.notes == ()
 
 
+def test_a_torch_whose_unpickler_is_not_safe_reads_no_pickles(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1+cpu"))
+    assert "torch 2.9.1+cpu can be made to run code by files" in str(refused(saved))
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.0"))
+    assert isinstance(open_source(saved), TorchSource)
+
+
 def test_legacy_files_are_loaded_whole_and_say_so(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     weight = torch.randn(6, 4)

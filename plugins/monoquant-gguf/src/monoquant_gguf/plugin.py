@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from monoquant_core.declarations import RecipeDeclaration, SchemeDeclaration
+from monoquant_core.declarations import ExporterDeclaration, RecipeDeclaration, SchemeDeclaration, SourceDeclaration
 from monoquant_core.hookspecs import hookimpl
 from monoquant_core.options import option
+from monoquant_gguf import hookspecs
+
+MONOQUANT_HOOKSPECS = hookspecs
 
 #: what each type is for, in the order of docs and listings
 TYPES = {
@@ -73,3 +76,41 @@ def monoquant_register_recipes() -> Iterable[RecipeDeclaration]:
         RecipeDeclaration(name, f"llama-quantize's {name}", f"monoquant_gguf.mixtures:{name}", MixtureOptions)
         for name in MIXTURES
     ]
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """Options of ``--format gguf``."""
+
+    architecture: str = option(
+        "auto",
+        "What llama.cpp calls the model: auto takes it from config.json, generic writes every tensor under its own name.",
+    )
+    outtype: str = option(
+        "auto",
+        "Type of the matrices that nothing quantizes: auto is bf16 for a bfloat16 checkpoint, else f16.",
+        choices=("auto", "f32", "f16", "bf16"),
+    )
+    tokenizer: str = option(
+        "auto", "auto takes the one beside the weights; none writes the model without a vocabulary.", choices=("auto", "none")
+    )
+
+
+@hookimpl
+def monoquant_register_exporters() -> Iterable[ExporterDeclaration]:
+    """The format."""
+    return [
+        ExporterDeclaration(
+            "gguf",
+            "GGUF v3 for llama.cpp",
+            "monoquant_gguf.exporter:GgufExporter",
+            GgufOptions,
+            suffix=".gguf",
+        )
+    ]
+
+
+@hookimpl
+def monoquant_register_sources() -> Iterable[SourceDeclaration]:
+    """The reader of finished files."""
+    return [SourceDeclaration("gguf", "GGUF v2 and v3 files", "monoquant_gguf.source:GgufReader", suffixes=(".gguf",))]

@@ -1,0 +1,49 @@
+"""GPT-2."""
+
+from __future__ import annotations
+
+from monoquant_core.errors import PlanError
+from monoquant_core.model import TensorSpec
+from monoquant_gguf.architectures.base import Architecture, Change, Model, for_layers, transposed
+
+_CONV1D = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
+
+
+class Gpt2(Architecture):
+    """GPT-2, whose layers store their weights as [in, out]."""
+
+    name = "gpt2"
+    model_types = ("gpt2",)
+    prefixes = ("transformer.",)
+    rotary = False
+    names = {
+        "wte": "token_embd",
+        "wpe": "position_embd",
+        "ln_f": "output_norm",
+        "lm_head": "output",
+        **dict(
+            for_layers(
+                {
+                    "ln_1": "attn_norm",
+                    "ln_2": "ffn_norm",
+                    "attn.c_attn": "attn_qkv",
+                    "attn.c_proj": "attn_output",
+                    "mlp.c_fc": "ffn_up",
+                    "mlp.c_proj": "ffn_down",
+                },
+                source="h.{}.",
+            )
+        ),
+    }
+    dropped = {r"\.attn\.(bias|masked_bias)$": "the causal mask"}
+
+    def check(self, model: Model) -> None:
+        """llama.cpp has the activation that GPT-2 was trained with."""
+        act = model.get("activation_function", default="gelu_new")
+        if act not in ("gelu_new", "gelu_pytorch_tanh"):
+            raise PlanError(f"{model.info.name}: config.json: activation_function {act!r}; llama.cpp's gpt2 has gelu_new")
+
+    def change(self, target: str, spec: TensorSpec, model: Model) -> Change | None:
+        """Conv1D weights are transposed."""
+        layer, _, leaf = target.rpartition(".")
+        return transposed(spec) if leaf == "weight" and layer.rpartition(".")[2] in _CONV1D else None

@@ -1,0 +1,118 @@
+"""Key-value pairs of a GGUF file, and the bytes before its data. Imports no torch; the gguf package on writing."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from monoquant_core.errors import PlanError
+from monoquant_gguf.container import DEFAULT_ALIGNMENT, MAX_NAME
+
+Kind = Literal["UINT32", "FLOAT32", "BOOL", "STRING", "UINT32[]", "INT32[]", "FLOAT32[]", "BOOL[]", "STRING[]"]
+
+ALIGNMENT = DEFAULT_ALIGNMENT
+
+
+@dataclass
+class Metadata:
+    """Typed pairs in the order in which they are added; a later one of the same key takes the place of the first."""
+
+    pairs: dict[str, tuple[Kind, Any]] = field(default_factory=dict)
+
+    def u32(self, key: str, value: int) -> None:
+        """A count or an index."""
+        if not 0 <= value < 1 << 32:
+            raise PlanError(f"{key}: {value} is not a number that GGUF holds")
+        self.pairs[key] = ("UINT32", value)
+
+    def f32(self, key: str, value: float) -> None:
+        """A number."""
+        self.pairs[key] = ("FLOAT32", float(value))
+
+    def flag(self, key: str, value: bool) -> None:
+        """Yes or no."""
+        self.pairs[key] = ("BOOL", bool(value))
+
+    def text(self, key: str, value: str) -> None:
+        """A string; an empty one is left out."""
+        if value:
+            self.pairs[key] = ("STRING", value)
+
+    def u32s(self, key: str, values: Sequence[int]) -> None:
+        """Counts; none of them is left out."""
+        if values:
+            self.pairs[key] = ("UINT32[]", list(values))
+
+    def i32s(self, key: str, values: Sequence[int]) -> None:
+        """Whole numbers."""
+        if values:
+            self.pairs[key] = ("INT32[]", list(values))
+
+    def f32s(self, key: str, values: Sequence[float]) -> None:
+        """Numbers."""
+        if values:
+            self.pairs[key] = ("FLOAT32[]", [float(v) for v in values])
+
+    def texts(self, key: str, values: Sequence[str | bytes]) -> None:
+        """Strings."""
+        if values:
+            self.pairs[key] = ("STRING[]", list(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What the header says of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]  #: torch's order
+    ggml_type: int
+    nbytes: int
+
+
+def offsets(tensors: Iterable[Stored]) -> tuple[list[int], int]:
+    """Where each tensor's data begin, from the start of the data, and the length of all of them, padded."""
+    found, end = [], 0
+    for tensor in tensors:
+        found.append(end)
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return found, end
+
+
+def header(metadata: Metadata, tensors: Sequence[Stored], *, copied: tuple[bytes, int] = (b"", 0)) -> bytes:
+    """Everything before the data, padded to the alignment.
+
+    :param copied: key-value pairs as another file holds them, and how many; they come first.
+    :raises PlanError: for a tensor that GGUF cannot name.
+    """
+    import gguf
+
+    for tensor in tensors:
+        if not 0 < len(tensor.name.encode()) <= MAX_NAME:
+            raise PlanError(f"{tensor.name}: GGUF takes names of 1 to {MAX_NAME} bytes")
+    buffer = io.BytesIO()
+    writer = gguf.GGUFWriter(None, "")
+    writer.kv_data = [{}]
+    for key, (kind, value) in metadata.pairs.items():
+        base, array = kind.removesuffix("[]"), kind.endswith("[]")
+        kinds = gguf.GGUFValueType
+        writer.add_key_value(key, value, kinds.ARRAY if array else kinds[base], kinds[base] if array else None)
+    writer.fout = [buffer]  # type: ignore[list-item]  # it only writes and flushes
+    writer.state = type(writer.state).EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    written = buffer.getvalue()
+    counts = struct.pack("<QQ", len(tensors), len(metadata.pairs) + copied[1])
+    found, _ = offsets(tensors)
+    infos = [_info(tensor, offset) for tensor, offset in zip(tensors, found, strict=True)]
+    text = b"".join([written[:8], counts, copied[0], written[24:], *infos])
+    return text + bytes(-len(text) % ALIGNMENT)
+
+
+def _info(tensor: Stored, offset: int) -> bytes:
+    # By hand: the package takes shapes of numpy arrays, which a tensor of 0 dimensions or an unknown type is not.
+    name = tensor.name.encode()
+    extents = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
+    return struct.pack("<Q", len(name)) + name + extents + struct.pack("<IQ", tensor.ggml_type, offset)

@@ -1,0 +1,1 @@
+"""How values become codes: llama.cpp's choices to the bit, and better ones."""

@@ -1,0 +1,150 @@
+"""Types whose codes follow from the extremes of a block, in torch: the same bytes as llama.cpp's C code.
+
+Every function takes float32 ``[blocks, elements]``. Operations are single, in C's order: a product and a sum are two
+roundings. Where an inverse is infinite, C's conversion of what is no small number to a byte gives 0, and so do these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from monoquant_gguf.blocks.parts import Parts
+
+#: added before truncation, rounds halves away from zero as roundf does, for magnitudes up to 127
+_HALF = 0.49999997
+
+
+def signed_extreme(x: torch.Tensor) -> torch.Tensor:
+    """The value of largest magnitude of every row; of several, the first."""
+    high, low = x.amax(1), x.amin(1)
+    extreme = torch.where(high >= -low, high, low)
+    tied = ((high == -low) & (high > 0)).nonzero().view(-1)
+    if len(tied):
+        rows = x[tied]
+        first = (rows.abs() == high[tied].unsqueeze(1)).to(torch.uint8).argmax(1, keepdim=True)
+        extreme[tied] = rows.gather(1, first).view(-1)
+    return extreme + 0.0  # of zeros, the positive one
+
+
+def _magnitude(x: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(x.amax(1), -x.amin(1)).abs_()
+
+
+def smallest(x: torch.Tensor) -> torch.Tensor:
+    """The smallest value of every row; of zeros, the first, whose sign is stored."""
+    low = x.amin(1)
+    zero = (low == 0).nonzero().view(-1)
+    if len(zero):
+        rows = x[zero]
+        first = (rows == 0).to(torch.uint8).argmax(1, keepdim=True)
+        low[zero] = rows.gather(1, first).view(-1)
+    return low
+
+
+def inverse(d: torch.Tensor) -> torch.Tensor:
+    """``1 / d``, and 0 for 0."""
+    return torch.where(d == 0, 0.0, d.reciprocal())
+
+
+def _divide(x: torch.Tensor, by: float) -> torch.Tensor:
+    return x / torch.tensor(by, dtype=torch.float32, device=x.device)
+
+
+def _steps(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    steps = x * factor.unsqueeze(1)
+    if not bool(factor.isfinite().all()):
+        steps = torch.where(steps.isfinite(), steps, -torch.inf)
+    return steps
+
+
+def _to_bytes(steps: torch.Tensor, low: int, high: int, none: int = 0) -> torch.Tensor:
+    """Truncated, within the codes' range; ``none`` for what is not finite."""
+    lost = steps.isinf()
+    steps = steps.trunc_().clamp_(low, high)
+    return steps.masked_fill_(lost, none).to(torch.int8)
+
+
+def q8_0(x: torch.Tensor) -> Parts:
+    """The largest magnitude becomes 127."""
+    d = _divide(_magnitude(x), 127)
+    steps = _steps(x, inverse(d))
+    return Parts(_to_bytes(steps + steps.sign() * _HALF, -127, 127), d.to(torch.float16))
+
+
+def _symmetric(x: torch.Tensor, half: int) -> Parts:
+    d = signed_extreme(x) / -half
+    steps = _steps(x, inverse(d)) + (half + 0.5)
+    return Parts(_to_bytes(steps, 0, 2 * half - 1) - half, d.to(torch.float16))
+
+
+def q4_0(x: torch.Tensor) -> Parts:
+    """The value of largest magnitude becomes -8."""
+    return _symmetric(x, 8)
+
+
+def q5_0(x: torch.Tensor) -> Parts:
+    """The value of largest magnitude becomes -16."""
+    return _symmetric(x, 16)
+
+
+def _range(x: torch.Tensor, levels: int) -> Parts:
+    low = smallest(x)
+    d = _divide(x.amax(1) - low, levels) + 0.0
+    steps = _steps(x - low.unsqueeze(1), inverse(d)) + 0.5
+    codes = _to_bytes(steps, 0, levels).view(torch.uint8)
+    return Parts(codes, d.to(torch.float16), dmin=low.to(torch.float16))
+
+
+def q4_1(x: torch.Tensor) -> Parts:
+    """From the smallest value, 0, to the largest, 15."""
+    return _range(x, 15)
+
+
+def q5_1(x: torch.Tensor) -> Parts:
+    """From the smallest value, 0, to the largest, 31."""
+    return _range(x, 31)
+
+
+def ternary(x: torch.Tensor) -> Parts:
+    """Nearest of -1, 0 and 1 times the largest magnitude."""
+    d = _magnitude(x)
+    steps = _steps(x, inverse(d))
+    return Parts(_to_bytes(steps + steps.sign() * _HALF, -1, 1), d.to(torch.float16))
+
+
+#: halfway between the magnitudes of e2m1, in halves of its unit
+_MXFP4_MIDDLES = (0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0)
+
+
+def mxfp4(x: torch.Tensor) -> Parts:
+    """The power of two that brings the largest magnitude to 4..8; nearest codes, the smaller magnitude of two."""
+    largest = _magnitude(x)
+    # From doubles, rounded once: what C's log2f returns next to powers of two.
+    exponent = largest.double().log2().float().floor() + 125
+    exponent = torch.where(largest > 0, exponent, 0.0).to(torch.int32) & 255  # a negative one wraps around, as in C
+    return mxfp4_codes(x, exponent)
+
+
+def mxfp4_codes(x: torch.Tensor, exponent: torch.Tensor) -> Parts:
+    """Nearest codes to given exponents, int32 ``[blocks]`` of 0..254."""
+    unit = torch.ldexp(torch.ones_like(x[:, 0]), exponent - 64) * 2.0**-64  # in two steps: powers below 2^-126 exist
+    magnitude = x.abs()
+    codes = torch.zeros_like(x, dtype=torch.uint8)
+    for middle in _MXFP4_MIDDLES:
+        codes += magnitude > (unit * middle).unsqueeze(1)
+    codes |= ((x < 0) & (codes > 0)).to(torch.uint8) << 3
+    return Parts(codes, exponent.to(torch.uint8))
+
+
+SIMPLE: dict[str, Callable[[torch.Tensor], Parts]] = {
+    "Q8_0": q8_0,
+    "Q4_0": q4_0,
+    "Q4_1": q4_1,
+    "Q5_0": q5_0,
+    "Q5_1": q5_1,
+    "TQ1_0": ternary,
+    "TQ2_0": ternary,
+    "MXFP4": mxfp4,
+}

@@ -42,7 +42,17 @@ if TYPE_CHECKING:
 #: layout -> llama.cpp's number for a file that is mostly that (llama.h, llama_ftype); only shown to users
 FILE_TYPES = {
     **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12},
-    **{"Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38},
+    **{
+        "Q4_K": 15,
+        "Q5_K": 17,
+        "Q6_K": 18,
+        "IQ4_NL": 25,
+        "IQ4_XS": 30,
+        "BF16": 32,
+        "TQ1_0": 36,
+        "TQ2_0": 37,
+        "MXFP4": 38,
+    },
 }
 QUANTIZATION_VERSION = 2  #: GGML_QNT_VERSION
 
@@ -93,7 +103,9 @@ class GgufExporter:
                 return Refuses(f"ggml has no type for {out.dtype}")
             return Holds(layout.name if layout is not None else out.dtype, None)
         if proposal.activation is not None:
-            return Refuses("GGUF stores weights only", Proposal(proposal.encoding, None, proposal.layout, proposal.needs))
+            return Refuses(
+                "GGUF stores weights only", Proposal(proposal.encoding, None, proposal.layout, proposal.needs)
+            )
         return _quantized(out, proposal, proposal.encoding)
 
     def parts(self, out: Output, held: Held) -> Sequence[Part]:

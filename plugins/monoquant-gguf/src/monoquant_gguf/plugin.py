@@ -84,7 +84,7 @@ class GgufOptions:
 
     architecture: str = option(
         "auto",
-        "What llama.cpp calls the model: auto takes it from config.json, generic writes every tensor under its own name.",
+        "What llama.cpp calls the model: auto asks config.json, generic writes every tensor under its own name.",
     )
     outtype: str = option(
         "auto",
@@ -92,7 +92,9 @@ class GgufOptions:
         choices=("auto", "f32", "f16", "bf16"),
     )
     tokenizer: str = option(
-        "auto", "auto takes the one beside the weights; none writes the model without a vocabulary.", choices=("auto", "none")
+        "auto",
+        "auto takes the one beside the weights; none writes the model without a vocabulary.",
+        choices=("auto", "none"),
     )
 
 

@@ -96,7 +96,7 @@ class GgufSource:
         if name not in self.header.tensors:
             raise SourceError(f"{tensor_at(self.info.name, name)}: there is none of this name")
         from monoquant_core.check import Mismatch, check_params
-        from monoquant_core.tensor import dtype_of
+        from monoquant_core.tensor import QuantizedTensor, dtype_of
         from monoquant_gguf.blocks import unpack
 
         info = self.header.tensors[name]
@@ -105,6 +105,7 @@ class GgufSource:
         if info.layout is None or info.layout.encoding is None:
             return raw.view(dtype_of(info.dtype)).view(shape)
         tensor = unpack(raw.view(len(rows), -1) if len(rows) else raw.view(0, 0), info.layout, shape)
+        assert isinstance(tensor, QuantizedTensor)
         try:
             check_params(tensor)
         except Mismatch as exc:

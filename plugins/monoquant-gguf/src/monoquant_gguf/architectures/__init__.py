@@ -32,7 +32,9 @@ def find(info: ModelInfo, wanted: str = "auto") -> Architecture:
     if found is not None:
         return found()
     known = sorted({t for a in (*BUILT_IN, *others) for t in (a.model_types if wanted == "auto" else (a.name,))})
-    what = f"model_type {kind!r}" if wanted == "auto" and kind else f"--architecture {kind}" if kind else "no model_type"
+    what = (
+        f"model_type {kind!r}" if wanted == "auto" and kind else f"--architecture {kind}" if kind else "no model_type"
+    )
     close = difflib.get_close_matches(str(kind), known, n=1)
     hints = [f"did you mean {close[0]!r}?"] if close and wanted != "auto" else []
     hints.append("--architecture generic writes the tensors under their own names, for other readers than llama.cpp")

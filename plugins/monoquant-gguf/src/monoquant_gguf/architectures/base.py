@@ -270,7 +270,9 @@ def rope_pairs(arch: str, model: Model, out: Metadata, rope: Mapping[str, Any]) 
     if kind in ("default", "llama3", "longrope"):
         return
     if kind not in ("linear", "yarn"):
-        raise PlanError(f"{model.info.name}: config.json: rope scaling {kind!r}, which {arch} of llama.cpp does not have")
+        raise PlanError(
+            f"{model.info.name}: config.json: rope scaling {kind!r}, which {arch} of llama.cpp does not have"
+        )
     out.text(f"{arch}.rope.scaling.type", kind)
     out.f32(f"{arch}.rope.scaling.factor", float(rope["factor"]))
     if kind == "yarn":
@@ -296,7 +298,9 @@ def interleaved(spec: TensorSpec, head_dim: int) -> Change:
     order = tuple(k * half + j for j in range(half) for k in range(2))
     reason = "rows of each head permuted: llama.cpp rotates neighbours, transformers halves"
     if len(spec.shape) < 2:
-        return Change(reason, transform=Transform(functools.partial(_reorder, order), "tensor", reason), dtype="float32")
+        return Change(
+            reason, transform=Transform(functools.partial(_reorder, order), "tensor", reason), dtype="float32"
+        )
     return Change(reason, rows=RowMap(order))
 
 
@@ -307,7 +311,9 @@ def computed(name: str, values: Sequence[float], reason: str) -> Output:
     return Output(name, (len(numbers),), "float32", (), transform=transform)
 
 
-def for_layers(table: Mapping[str, str], *, source: str = "layers.{}.", target: str = "blk.{}.") -> Iterator[tuple[str, str]]:
+def for_layers(
+    table: Mapping[str, str], *, source: str = "layers.{}.", target: str = "blk.{}."
+) -> Iterator[tuple[str, str]]:
     """The entries of a table of one layer, for all of them."""
     return ((source + a, target + b) for a, b in table.items())
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from monoquant_core.containers.entries import parse_json
 from monoquant_core.containers.reader import FileReader
@@ -22,11 +22,11 @@ class Bert(Architecture):
     """BERT as an encoder."""
 
     name = "bert"
-    model_types = ("bert",)
+    model_types: ClassVar[tuple[str, ...]] = ("bert",)
     prefixes = ("bert.",)
     tokenizer = "bert"
     rotary = False
-    names = {
+    names: ClassVar[Mapping[str, str]] = {
         "embeddings.word_embeddings": "token_embd",
         "embeddings.position_embeddings": "position_embd",
         "embeddings.token_type_embeddings": "token_types",
@@ -47,7 +47,7 @@ class Bert(Architecture):
             )
         ),
     }
-    dropped = {
+    dropped: ClassVar[Mapping[str, str]] = {
         r"(^|\.)pooler\.": "llama.cpp pools without it",
         r"embeddings\.position_ids$": "the numbers from 0 on",
         r"^cls\.(predictions|seq_relationship)": "a head for pre-training",
@@ -56,7 +56,7 @@ class Bert(Architecture):
     def target(self, name: str) -> str | tuple[str, int] | None:
         """Old checkpoints say gamma and beta."""
         stem, _, leaf = name.rpartition(".")
-        return super().target(f"{stem}.{ {'gamma': 'weight', 'beta': 'bias'}.get(leaf, leaf)}")
+        return super().target(f"{stem}.{ {'gamma': 'weight', 'beta': 'bias'}.get(leaf, leaf) }")
 
     def check(self, model: Model) -> None:
         """llama.cpp's bert has absolute positions and the exact gelu."""
@@ -119,7 +119,9 @@ def _pooling(model: Model, path: str) -> int:
         return _MODES[mode]
     if mode is None and len(wanted) == len(others) == 1:
         return wanted[0]
-    raise PlanError(f"{model.files[path]}: pooling {mode or ', '.join(others) or 'none'}: llama.cpp has mean, cls and last")
+    raise PlanError(
+        f"{model.files[path]}: pooling {mode or ', '.join(others) or 'none'}: llama.cpp has mean, cls and last"
+    )
 
 
 def _limit(model: Model) -> int | None:

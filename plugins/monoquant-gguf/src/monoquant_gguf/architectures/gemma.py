@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from monoquant_core.errors import PlanError
 from monoquant_core.model import TensorSpec
 from monoquant_gguf.architectures.base import Architecture, Change, Model, common, for_layers, plus_one
@@ -23,8 +26,8 @@ class Gemma2(Architecture):
     """Gemma 2."""
 
     name = "gemma2"
-    model_types = ("gemma2",)
-    names = {**DECODER, **_NORMS}
+    model_types: ClassVar[tuple[str, ...]] = ("gemma2",)
+    names: ClassVar[Mapping[str, str]] = {**DECODER, **_NORMS}
     dropped = ROTARY_BUFFERS
     layers_of_27b = 46  #: llama.cpp tells the size by the number of layers
 
@@ -34,11 +37,14 @@ class Gemma2(Architecture):
         expected = model.width // model.heads if large else model.head_dim
         if (scalar := model.get("query_pre_attn_scalar", default=expected)) != expected:
             raise PlanError(
-                f"{model.info.name}: config.json: query_pre_attn_scalar {scalar}; llama.cpp's {self.name} takes {expected}"
+                f"{model.info.name}: config.json: query_pre_attn_scalar {scalar}; "
+                f"llama.cpp's {self.name} takes {expected}"
             )
         act = model.get("hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
         if act not in ("gelu_pytorch_tanh", "gelu_new"):
-            raise PlanError(f"{model.info.name}: config.json: activation {act!r}; llama.cpp's {self.name} has tanh gelu")
+            raise PlanError(
+                f"{model.info.name}: config.json: activation {act!r}; llama.cpp's {self.name} has tanh gelu"
+            )
 
     def change(self, target: str, spec: TensorSpec, model: Model) -> Change | None:
         """Norms multiply by 1 + weight."""
@@ -59,8 +65,8 @@ class Gemma3(Gemma2):
     """Gemma 3, text only."""
 
     name = "gemma3"
-    model_types = ("gemma3_text",)
-    names = {
+    model_types: ClassVar[tuple[str, ...]] = ("gemma3_text",)
+    names: ClassVar[Mapping[str, str]] = {
         **DECODER,
         **_NORMS,
         **dict(for_layers({"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"})),
@@ -74,7 +80,9 @@ class Gemma3(Gemma2):
         pattern = model.get("sliding_window_pattern", "_sliding_window_pattern", default=6)
         wanted = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(model.layers)]
         if pattern != 6 or (isinstance(kinds, list) and kinds != wanted):
-            raise PlanError(f"{model.info.name}: config.json: layer_types; llama.cpp's gemma3 has full attention every 6th")
+            raise PlanError(
+                f"{model.info.name}: config.json: layer_types; llama.cpp's gemma3 has full attention every 6th"
+            )
         if model.get("use_bidirectional_attention"):
             raise PlanError(f"{model.info.name}: config.json: use_bidirectional_attention is not causal; gemma3 is")
         if model.get("attn_logit_softcapping") is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from monoquant_core.errors import PlanError
 from monoquant_core.model import TensorSpec
 from monoquant_gguf.architectures.base import Architecture, Change, Model, for_layers, transposed
@@ -13,10 +16,10 @@ class Gpt2(Architecture):
     """GPT-2, whose layers store their weights as [in, out]."""
 
     name = "gpt2"
-    model_types = ("gpt2",)
+    model_types: ClassVar[tuple[str, ...]] = ("gpt2",)
     prefixes = ("transformer.",)
     rotary = False
-    names = {
+    names: ClassVar[Mapping[str, str]] = {
         "wte": "token_embd",
         "wpe": "position_embd",
         "ln_f": "output_norm",
@@ -35,13 +38,15 @@ class Gpt2(Architecture):
             )
         ),
     }
-    dropped = {r"\.attn\.(bias|masked_bias)$": "the causal mask"}
+    dropped: ClassVar[Mapping[str, str]] = {r"\.attn\.(bias|masked_bias)$": "the causal mask"}
 
     def check(self, model: Model) -> None:
         """llama.cpp has the activation that GPT-2 was trained with."""
         act = model.get("activation_function", default="gelu_new")
         if act not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise PlanError(f"{model.info.name}: config.json: activation_function {act!r}; llama.cpp's gpt2 has gelu_new")
+            raise PlanError(
+                f"{model.info.name}: config.json: activation_function {act!r}; llama.cpp's gpt2 has gelu_new"
+            )
 
     def change(self, target: str, spec: TensorSpec, model: Model) -> Change | None:
         """Conv1D weights are transposed."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from monoquant_core.errors import PlanError
 from monoquant_core.exporters import Output
@@ -40,7 +41,7 @@ class Llama(Architecture):
     """Llama 2 and 3, Mistral, SmolLM, TinyLlama."""
 
     name = "llama"
-    model_types = ("llama", "mistral")
+    model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral")
     names = DECODER
     dropped = ROTARY_BUFFERS
 
@@ -75,8 +76,8 @@ class Llama(Architecture):
 class Mixtral(Llama):
     """Mixtral: Llama with a mixture of experts."""
 
-    model_types = ("mixtral",)
-    names = {
+    model_types: ClassVar[tuple[str, ...]] = ("mixtral",)
+    names: ClassVar[Mapping[str, str]] = {
         **DECODER,
         **dict(
             for_layers(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from monoquant_core.errors import PlanError
 from monoquant_core.exporters import Output
@@ -16,8 +17,8 @@ class Phi3(Architecture):
     """Phi-3 with its joined q, k, v and its joined gate and up."""
 
     name = "phi3"
-    model_types = ("phi3",)
-    names = {
+    model_types: ClassVar[tuple[str, ...]] = ("phi3",)
+    names: ClassVar[Mapping[str, str]] = {
         **DECODER,
         **dict(for_layers({"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"})),
     }
@@ -32,7 +33,9 @@ class Phi3(Architecture):
         for key in ("long", "short"):
             factors = rope.get(f"{key}_factor")
             if not isinstance(factors, list) or len(factors) != self._rotated(model) // 2:
-                raise PlanError(f"{model.info.name}: config.json: rope's {key}_factor is not {self._rotated(model) // 2} numbers")
+                raise PlanError(
+                    f"{model.info.name}: config.json: rope's {key}_factor is not {self._rotated(model) // 2} numbers"
+                )
             outputs.append(computed(f"rope_factors_{key}.weight", factors, f"rope's {key}_factor of config.json"))
         return outputs
 
@@ -42,12 +45,14 @@ class Phi3(Architecture):
         out.u32("phi3.attention.head_count_kv", model.kv_heads)
         out.u32("phi3.rope.dimension_count", self._rotated(model))
         longest, rope = model.count("max_position_embeddings"), model.rope()
-        original = model.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or longest
+        original = (
+            model.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or longest
+        )
         out.u32("phi3.rope.scaling.original_context_length", int(original))
         if model.get("sliding_window") is not None:
             out.u32("phi3.attention.sliding_window", model.count("sliding_window"))
         if rope["rope_type"] in ("longrope", "su"):
-            scale = longest / int(original)
+            scale = float(rope.get("factor") or longest / int(original))
             factor = math.sqrt(1 + math.log(scale) / math.log(int(original))) if scale > 1 else 1.0
             out.f32("phi3.rope.scaling.attn_factor", float(rope.get("attention_factor") or factor))
 

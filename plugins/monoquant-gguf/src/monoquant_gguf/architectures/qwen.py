@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from monoquant_core.errors import PlanError
 from monoquant_gguf.architectures.base import Architecture, Model, common, for_layers
 from monoquant_gguf.architectures.llama import DECODER, ROTARY_BUFFERS
@@ -14,30 +17,32 @@ class Qwen2(Architecture):
     """Qwen 2 and 2.5."""
 
     name = "qwen2"
-    model_types = ("qwen2",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2",)
     names = DECODER
     dropped = ROTARY_BUFFERS
 
     def check(self, model: Model) -> None:
         """llama.cpp gives every layer full attention."""
         if model.get("use_sliding_window"):
-            raise PlanError(f"{model.info.name}: config.json: use_sliding_window, which llama.cpp's {self.name} has not")
+            raise PlanError(
+                f"{model.info.name}: config.json: use_sliding_window, which llama.cpp's {self.name} has not"
+            )
 
 
 class Qwen3(Qwen2):
     """Qwen 3."""
 
     name = "qwen3"
-    model_types = ("qwen3",)
-    names = {**DECODER, **_QK_NORMS}
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3",)
+    names: ClassVar[Mapping[str, str]] = {**DECODER, **_QK_NORMS}
 
 
 class Qwen3Moe(Qwen2):
     """Qwen 3 with a mixture of experts."""
 
     name = "qwen3moe"
-    model_types = ("qwen3_moe",)
-    names = {
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_moe",)
+    names: ClassVar[Mapping[str, str]] = {
         **DECODER,
         **_QK_NORMS,
         **dict(

@@ -14,7 +14,14 @@ from monoquant_core.errors import PlanError, SourceError
 
 MAX_FILE = 1 << 28  #: bytes of a tokenizer file
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  #: llama.cpp's kinds of tokens, as sentencepiece's
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+)  #: llama.cpp's kinds of tokens, as sentencepiece's
 
 
 @dataclass(frozen=True, slots=True)

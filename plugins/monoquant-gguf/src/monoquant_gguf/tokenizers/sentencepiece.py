@@ -1,4 +1,4 @@
-"""SentencePiece's byte-pair encodings, from tokenizer.model or from the tokenizer.json made of one. Imports no torch."""
+"""SentencePiece's byte-pair encodings, from tokenizer.model or a tokenizer.json made of one. Imports no torch."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ def _space_prefix(files: Files, model: PieceModel | None) -> bool:
         return True
     for step in files.steps("pre_tokenizer", "pretokenizers"):
         if step.get("type") == "Metaspace":
-            return step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
+            scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+            return bool(scheme != "never")
     return False
 
 

@@ -25,7 +25,7 @@ def tokens(files: Files) -> dict[int, Token]:
     else:
         lines = (files.bytes_of("vocab.txt") or b"").decode("utf-8", "replace").splitlines()
         vocab = {line: index for index, line in enumerate(lines)}
-    special = {text: True for text in files.special.values()}
+    special = dict.fromkeys(files.special.values(), True)
     special |= dict(files.added.values())
     found = {}
     for text, index in vocab.items():

@@ -318,7 +318,11 @@ class _RowWorker:
 
     def _floats(self, value: torch.Tensor, work: _Work, rows: range, scratch: Scratch) -> tuple[Rows, Energies]:
         dtype = dtype_of(work.step.placed.output.dtype)
-        if work.step.action == "derive" and value.dtype != dtype:
+        if (
+            work.step.action == "derive"
+            and value.dtype != dtype
+            and not (value.is_floating_point() and dtype.is_floating_point)
+        ):
             raise PlanError(f"{work.name}: the format's transform made {value.dtype} of {dtype}: a bug of the format")
         if value.dtype == dtype:
             if self.nonfinite == "refuse" and not math.isfinite(magnitude(value, scratch)):

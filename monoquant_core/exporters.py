@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Transform:
     """A change of values on the way into a file; it needs floats, so quantized sources are refused."""
 
-    apply: Callable[[Sequence[torch.Tensor]], torch.Tensor]  #: inputs -> output, of the output's shape and dtype
+    apply: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    """Inputs -> output, of its shape. Floats may have another dtype: they are cast, or quantized as they are."""
     per: Literal["rows", "tensor"]  #: "rows": elementwise on a chunk, shape unchanged; "tensor": needs the inputs whole
     reason: str  #: shown in the plan: "+1: llama.cpp expects the offset applied"
 

@@ -28,7 +28,7 @@ class Gemma2(Architecture):
     name = "gemma2"
     model_types: ClassVar[tuple[str, ...]] = ("gemma2",)
     names: ClassVar[Mapping[str, str]] = {**DECODER, **_NORMS}
-    dropped = ROTARY_BUFFERS
+    dropped: ClassVar[Mapping[str, str]] = ROTARY_BUFFERS
     layers_of_27b = 46  #: llama.cpp tells the size by the number of layers
 
     def check(self, model: Model) -> None:

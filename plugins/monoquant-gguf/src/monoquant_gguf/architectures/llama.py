@@ -42,8 +42,8 @@ class Llama(Architecture):
 
     name = "llama"
     model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral")
-    names = DECODER
-    dropped = ROTARY_BUFFERS
+    names: ClassVar[Mapping[str, str]] = DECODER
+    dropped: ClassVar[Mapping[str, str]] = ROTARY_BUFFERS
 
     def check(self, model: Model) -> None:
         """Rope that turns only a part of a head is permuted differently."""

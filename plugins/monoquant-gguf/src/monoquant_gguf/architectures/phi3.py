@@ -22,7 +22,7 @@ class Phi3(Architecture):
         **DECODER,
         **dict(for_layers({"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"})),
     }
-    dropped = ROTARY_BUFFERS
+    dropped: ClassVar[Mapping[str, str]] = ROTARY_BUFFERS
 
     def derived(self, model: Model) -> Sequence[Output]:
         """Long rope's factors."""

@@ -18,8 +18,8 @@ class Qwen2(Architecture):
 
     name = "qwen2"
     model_types: ClassVar[tuple[str, ...]] = ("qwen2",)
-    names = DECODER
-    dropped = ROTARY_BUFFERS
+    names: ClassVar[Mapping[str, str]] = DECODER
+    dropped: ClassVar[Mapping[str, str]] = ROTARY_BUFFERS
 
     def check(self, model: Model) -> None:
         """llama.cpp gives every layer full attention."""

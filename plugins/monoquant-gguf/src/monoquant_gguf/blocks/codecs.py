@@ -21,6 +21,11 @@ class Codec:
     join: Callable[[Parts], torch.Tensor]
 
 
+def _groups(raw: torch.Tensor, count: int) -> torch.Tensor:
+    """The last axis as ``count`` parts of a length."""
+    return raw.reshape(len(raw), count, -1)
+
+
 def _half(raw: torch.Tensor, at: int) -> torch.Tensor:
     return raw[:, at : at + 2].contiguous().view(torch.float16).view(-1)
 
@@ -70,7 +75,7 @@ def _bits(raw: torch.Tensor) -> torch.Tensor:
 
 
 def _join_bits(bits: torch.Tensor) -> torch.Tensor:
-    bytes_ = bits.unflatten(-1, (-1, 8))
+    bytes_ = bits.reshape(*bits.shape[:-1], -1, 8)
     joined = bytes_[..., 0].clone()
     for place in range(1, 8):
         joined |= bytes_[..., place] << place
@@ -120,19 +125,19 @@ def _join_q5_1(parts: Parts) -> torch.Tensor:
 
 
 def _split_q2_k(raw: torch.Tensor) -> Parts:
-    codes = _fields(raw[:, 16:80].unflatten(1, (2, 32)), 2).flatten(1)
+    codes = _fields(_groups(raw[:, 16:80], 2), 2).flatten(1)
     return Parts(codes, _half(raw, 80), raw[:, :16] & 15, _half(raw, 82), raw[:, :16] >> 4)
 
 
 def _join_q2_k(parts: Parts) -> torch.Tensor:
     assert parts.scales is not None
     assert parts.mins is not None
-    codes = _join_fields(parts.codes.unflatten(1, (2, 128)), 2).flatten(1)
+    codes = _join_fields(_groups(parts.codes, 2), 2).flatten(1)
     return torch.cat([parts.scales | parts.mins << 4, codes, _half_bytes(parts.d), _half_bytes(parts.dmin)], 1)
 
 
 def _split_q3_k(raw: torch.Tensor) -> Parts:
-    low = _fields(raw[:, 32:96].unflatten(1, (2, 32)), 2).flatten(1)
+    low = _fields(_groups(raw[:, 32:96], 2), 2).flatten(1)
     codes = _signed(low | _fields(raw[:, :32], 1) << 2, 4)
     scales = _signed(_nibbles(raw[:, 96:104]) | _fields(raw[:, 104:108], 2) << 4, 32)
     return Parts(codes, _half(raw, 108), scales)
@@ -140,7 +145,7 @@ def _split_q3_k(raw: torch.Tensor) -> Parts:
 
 def _join_q3_k(parts: Parts) -> torch.Tensor:
     codes, scales = _unsigned(parts.codes, 4), _unsigned(parts.scales, 32)
-    low = _join_fields((codes & 3).unflatten(1, (2, 128)), 2).flatten(1)
+    low = _join_fields(_groups((codes & 3), 2), 2).flatten(1)
     high = _join_fields(codes >> 2, 1)
     packed = [_join_nibbles(scales & 15), _join_fields(scales >> 4, 2)]
     return torch.cat([high, low, *packed, _half_bytes(parts.d)], 1)
@@ -161,36 +166,36 @@ def _join_six_bits(scales: torch.Tensor | None, mins: torch.Tensor | None) -> to
 
 def _split_q4_k(raw: torch.Tensor) -> Parts:
     scales, mins = _six_bits(raw[:, 4:16])
-    codes = _nibbles(raw[:, 16:].unflatten(1, (4, 32))).flatten(1)
+    codes = _nibbles(_groups(raw[:, 16:], 4)).flatten(1)
     return Parts(codes, _half(raw, 0), scales, _half(raw, 2), mins)
 
 
 def _join_q4_k(parts: Parts) -> torch.Tensor:
     head = [_half_bytes(parts.d), _half_bytes(parts.dmin), _join_six_bits(parts.scales, parts.mins)]
-    return torch.cat([*head, _join_nibbles(parts.codes.unflatten(1, (4, 64))).flatten(1)], 1)
+    return torch.cat([*head, _join_nibbles(_groups(parts.codes, 4)).flatten(1)], 1)
 
 
 def _split_q5_k(raw: torch.Tensor) -> Parts:
     scales, mins = _six_bits(raw[:, 4:16])
-    low = _nibbles(raw[:, 48:].unflatten(1, (4, 32))).flatten(1)
+    low = _nibbles(_groups(raw[:, 48:], 4)).flatten(1)
     return Parts(low | _fields(raw[:, 16:48], 1) << 4, _half(raw, 0), scales, _half(raw, 2), mins)
 
 
 def _join_q5_k(parts: Parts) -> torch.Tensor:
     head = [_half_bytes(parts.d), _half_bytes(parts.dmin), _join_six_bits(parts.scales, parts.mins)]
-    low = _join_nibbles((parts.codes & 15).unflatten(1, (4, 64))).flatten(1)
+    low = _join_nibbles(_groups((parts.codes & 15), 4)).flatten(1)
     return torch.cat([*head, _join_fields(parts.codes >> 4, 1), low], 1)
 
 
 def _split_q6_k(raw: torch.Tensor) -> Parts:
-    low = _nibbles(raw[:, :128].unflatten(1, (2, 64)))
-    high = _fields(raw[:, 128:192].unflatten(1, (2, 32)), 2)
+    low = _nibbles(_groups(raw[:, :128], 2))
+    high = _fields(_groups(raw[:, 128:192], 2), 2)
     return Parts(_signed((low | high << 4).flatten(1), 32), _half(raw, 208), raw[:, 192:208].view(torch.int8))
 
 
 def _join_q6_k(parts: Parts) -> torch.Tensor:
     assert parts.scales is not None
-    codes = _unsigned(parts.codes, 32).unflatten(1, (2, 128))
+    codes = _groups(_unsigned(parts.codes, 32), 2)
     low, high = _join_nibbles(codes & 15).flatten(1), _join_fields(codes >> 4, 2).flatten(1)
     return torch.cat([low, high, parts.scales.view(torch.uint8), _half_bytes(parts.d)], 1)
 
@@ -207,15 +212,15 @@ def _split_iq4_xs(raw: torch.Tensor) -> Parts:
     # Unlike elsewhere, neighbours share a byte of scales.
     high = torch.stack([raw[:, 2:4] >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(1)
     low = torch.stack([raw[:, 4:8] & 15, raw[:, 4:8] >> 4], dim=-1).flatten(1)
-    codes = _nibbles(raw[:, 8:].unflatten(1, (8, 16))).flatten(1)
+    codes = _nibbles(_groups(raw[:, 8:], 8)).flatten(1)
     return Parts(codes, _half(raw, 0), _signed(low | high << 4, 32))
 
 
 def _join_iq4_xs(parts: Parts) -> torch.Tensor:
     scales = _unsigned(parts.scales, 32)
-    quads, pairs = (scales >> 4).unflatten(1, (2, 4)), (scales & 15).unflatten(1, (4, 2))
+    quads, pairs = _groups((scales >> 4), 2), _groups((scales & 15), 4)
     high = quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
-    codes = _join_nibbles(parts.codes.unflatten(1, (8, 32))).flatten(1)
+    codes = _join_nibbles(_groups(parts.codes, 8)).flatten(1)
     return torch.cat([_half_bytes(parts.d), high, pairs[..., 0] | pairs[..., 1] << 4, codes], 1)
 
 
@@ -232,7 +237,7 @@ def _split_tq1_0(raw: torch.Tensor) -> Parts:
 def _join_tq1_0(parts: Parts) -> torch.Tensor:
     def joined(digits: torch.Tensor, width: int) -> torch.Tensor:
         total = digits.new_zeros(len(digits), width, dtype=torch.int32)
-        for place, digit in enumerate(digits.split(width, dim=1)):
+        for place, digit in enumerate(_groups(digits, digits.shape[1] // width).unbind(1)):
             total += digit.to(torch.int32) * TRITS[place]
         return ((total * 256 + 242) // 243).to(torch.uint8)
 
@@ -242,14 +247,14 @@ def _join_tq1_0(parts: Parts) -> torch.Tensor:
 
 
 def _split_tq2_0(raw: torch.Tensor) -> Parts:
-    codes = _fields(raw[:, :64].unflatten(1, (2, 32)), 2).flatten(1)
+    codes = _fields(_groups(raw[:, :64], 2), 2).flatten(1)
     if codes.numel() and int(codes.amax()) > 2:
         raise EncodingError("TQ2_0: a code is 3, which stands for none of -1, 0 and 1")
     return Parts(_signed(codes, 1), _half(raw, 64))
 
 
 def _join_tq2_0(parts: Parts) -> torch.Tensor:
-    codes = _join_fields(_unsigned(parts.codes, 1).unflatten(1, (2, 128)), 2).flatten(1)
+    codes = _join_fields(_groups(_unsigned(parts.codes, 1), 2), 2).flatten(1)
     return torch.cat([codes, _half_bytes(parts.d)], 1)
 
 

@@ -6,7 +6,8 @@ sum of every lane keeps its order. Without fastmath no product and sum are fused
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -19,8 +20,12 @@ LANES = 32  #: sub-blocks at a time: their values and weights stay in the first-
 _F, _I = np.float32, np.int32
 _MAGIC, _ZERO, _TINY, _TENTH = _F(12582912.0), _F(0), _F(TINY), _F(0.1)
 
-_jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=False, boundscheck=False)
-_inline: Any = numba.njit(nogil=True, error_model="numpy", fastmath=False)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _jit(function: _Function) -> _Function:
+    compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=False, boundscheck=False)(function)
+    return cast("_Function", compiled)
 
 
 def symmetric(x: torch.Tensor, weights: torch.Tensor | None, half: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,12 +72,12 @@ def codebook(x: torch.Tensor, weights: torch.Tensor, values: tuple[float, ...], 
     return torch.from_numpy(scale)
 
 
-@_inline
+@_jit
 def _nearest(value: Any) -> Any:
     return (_F(value + _MAGIC).view(np.int32) & _I(0x7FFFFF)) - _I(0x400000)
 
 
-@_inline
+@_jit
 def _clip(code: Any, low: Any, high: Any) -> Any:
     return min(max(code, low), high)
 
@@ -101,7 +106,7 @@ def _extremes(x: Any, amax: Any, extreme: Any) -> None:
 
 
 @_jit
-def _symmetric(values: Any, weights: Any, half: Any, scales: Any, codes: Any) -> None:
+def _symmetric(values: Any, weights: Any, half: Any, scales: Any, codes: Any) -> None:  # noqa: PLR0912
     lanes, n = values.shape
     x, w = np.empty((n, LANES), _F), np.empty((n, LANES), _F)
     tried, kept = np.empty((n, LANES), _I), np.empty((n, LANES), _I)
@@ -191,7 +196,7 @@ def _descent(values: Any, half: Any, scales: Any, codes: Any) -> None:
 
 
 @_jit
-def _ranged(
+def _ranged(  # noqa: PLR0912, PLR0915 - a call for each step would cost more than the step
     values: Any,
     weights: Any,
     levels: Any,

@@ -7,6 +7,8 @@ has the same functions for numba. x and weights are float32 ``[lanes, elements]`
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -87,7 +89,7 @@ def symmetric(x: torch.Tensor, weights: torch.Tensor | None, half: int) -> tuple
         best = torch.where(better, scale * xl, best)
     empty = amax < TINY
     codes.masked_fill_(empty, -half)
-    return torch.where(empty, 0.0, scale), codes.t()
+    return torch.where(empty, 0.0, scale), codes.t().contiguous()
 
 
 def descent(x: torch.Tensor, half: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +119,7 @@ def descent(x: torch.Tensor, half: int) -> tuple[torch.Tensor, torch.Tensor]:
             break
     empty = amax < TINY
     codes = level.to(torch.int32).masked_fill_(empty, -half)
-    return torch.where(empty | ~(ll > 0), 0.0, xl / ll), codes.t()
+    return torch.where(empty | ~(ll > 0), 0.0, xl / ll), codes.t().contiguous()
 
 
 def ranged(
@@ -179,7 +181,7 @@ def ranged(
         scale = torch.where(better, this_scale, scale)
         low = torch.where(better, this_low, low)
     codes.masked_fill_(empty, 0)
-    return torch.where(empty, 0.0, scale), -torch.where(empty, start, low), codes.t()
+    return torch.where(empty, 0.0, scale), -torch.where(empty, start, low), codes.t().contiguous()
 
 
 def codebook(x: torch.Tensor, weights: torch.Tensor, values: _Values, tries: int) -> torch.Tensor:
@@ -210,7 +212,7 @@ def codebook(x: torch.Tensor, weights: torch.Tensor, values: _Values, tries: int
 def codebook_index(x: torch.Tensor, values: _Values) -> torch.Tensor:
     """Index of the nearest of ascending values, the larger one of two; int64."""
     doubled = x + x
-    middles = torch.tensor([a + b for a, b in zip(values, values[1:], strict=False)], device=x.device)
+    middles = torch.tensor([a + b for a, b in itertools.pairwise(values)], device=x.device)
     return torch.bucketize(doubled, middles.float(), right=True)
 
 
@@ -255,4 +257,4 @@ def positive(x: torch.Tensor, weights: torch.Tensor, levels: int) -> tuple[torch
             break
     empty = largest < TINY
     codes = level.to(torch.int32).masked_fill_(empty, 0)
-    return torch.where(empty | ~(ll > 0), 0.0, xl / ll), codes.t()
+    return torch.where(empty | ~(ll > 0), 0.0, xl / ll), codes.t().contiguous()

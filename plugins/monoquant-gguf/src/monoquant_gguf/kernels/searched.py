@@ -160,10 +160,7 @@ def _q6_k(x: torch.Tensor, importance: Importance, lanes: ModuleType) -> Parts:
 
 def _iq4(x: torch.Tensor, importance: Importance, lanes: ModuleType) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and scales of 32 elements each."""
-    if importance is None:
-        weights = x * x
-    else:
-        weights = _root(importance, _variance(x, 2 / x.shape[1]), x)
+    weights = x * x if importance is None else _root(importance, _variance(x, 2 / x.shape[1]), x)
     sub = _sub(x, 32)
     return sub, lanes.codebook(sub, _sub(weights, 32), IQ4_VALUES, 7)
 

@@ -182,7 +182,8 @@ class Exporter(Protocol):
     Two more methods are optional, because most formats need neither:
     ``resolve(specs, info) -> Exporter`` (called once, first: another exporter for this model, such as one convention of
     several), and ``notes(layout: FileLayout) -> Sequence[str]`` (what to tell the user about the file as a whole).
-    An attribute ``recipe: str`` names another default recipe than the declaration's.
+    An attribute ``recipe: str`` names another default recipe than the declaration's; ``fuses = False`` says that its
+    runtimes do not join the members of a fuse group, so that they may get different schemes.
     """
 
     def outputs(self, specs: Sequence[TensorSpec], info: ModelInfo) -> Sequence[Output | Drop]:

@@ -70,7 +70,8 @@ def make_plan(
     decisions = follow_ties(decisions)
     check_needs(decisions, with_stats)
     if quantizing:
-        check_fuse_groups(decisions)
+        if getattr(exporter, "fuses", True):
+            check_fuse_groups(decisions)
         check_not_empty(decisions, info)
     steps, decisions, notes = Placer(decisions, info, exporter, on_unsupported, chooser).place()
     files: tuple[FilePlan, ...] = ()

@@ -135,7 +135,8 @@ class Chooser:
         return recipe.to_dict()
 
     def _declaration(self, name: str, owner: str) -> SchemeDeclaration:
-        if name.lower() in self.registry.recipes and owner != "--scheme":
+        known = name.lower()
+        if known in self.registry.recipes and known not in self.registry.schemes and owner != "--scheme":
             raise RecipeError(f"{owner}: {name!r} is a recipe; a rule takes a scheme")
         try:
             return self.registry.scheme(name)
@@ -215,12 +216,14 @@ def follow_ties(decisions: list[Decision]) -> list[Decision]:
 
 
 def check_fuse_groups(decisions: Sequence[Decision]) -> None:
-    """Refuse different schemes within a group that runtimes join."""
+    """Refuse different schemes within a group that runtimes join, unless the recipe means them to differ."""
     groups: dict[str, list[Decision]] = {}
     for d in decisions:
         if d.spec.fuse is not None and d.action != "drop":
             groups.setdefault(d.spec.fuse, []).append(d)
     for group, members in groups.items():
+        if all(d.chosen == "default" for d in members):
+            continue
         if len({(d.action, d.scheme) for d in members if d.spec.encoding is None}) > 1:
             shown = ", ".join(f"{d.spec.name} ({d.scheme or d.action})" for d in members[:6])
             raise PlanError(

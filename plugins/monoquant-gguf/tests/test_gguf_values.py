@@ -225,11 +225,32 @@ def test_proposals(layout: Layout) -> None:
     assert isinstance(quantizer.propose(TensorSpec("b", (512,), "float32")), Refusal)
 
 
-def test_a_refusal_names_types_that_fit() -> None:
-    refusal = GgmlQuantizer("Q4_K", TypeOptions()).propose(TensorSpec("w", (4, 384), "float32"))
+@pytest.mark.parametrize(
+    ("name", "row", "fallback", "bits"),
+    [
+        ("Q4_K", 384, "Q5_0", "5.5"),
+        ("Q6_K", 384, "Q8_0", "8.5"),
+        ("Q2_K", 100, "F16", "16"),
+        ("Q4_0", 100, "F16", "16"),
+    ],
+)
+def test_fallbacks_are_refused_unless_allowed(name: str, row: int, fallback: str, bits: str) -> None:
+    spec = TensorSpec("w", (4, row), "float32")
+    refusal = GgmlQuantizer(name, TypeOptions()).propose(spec)
     assert isinstance(refusal, Refusal)
-    assert refusal.hint.startswith("types that fit rows of 384: Q8_0, Q4_0,")
-    assert "Q6_K" not in refusal.hint
+    assert f"falls back to {fallback}, {bits} bits per weight instead of" in refusal.reason
+    assert "--allow-fallback" in refusal.hint
+    quantizer = GgmlQuantizer(name, TypeOptions(allow_fallback=True))
+    proposal = quantizer.propose(spec)
+    assert isinstance(proposal, Proposal)
+    assert proposal.layout == fallback
+    if isinstance(proposal.encoding, str):
+        assert proposal.encoding == "float16"
+        return
+    assert quantizer.accepts(spec, proposal.encoding)
+    x = torch.randn(4, row)
+    alone = GgmlQuantizer(fallback, TypeOptions()).quantize(x, proposal.encoding, context(x))
+    assert quantizer.quantize(x, proposal.encoding, context(x)).equal(alone)
 
 
 def test_every_type_is_a_scheme() -> None:

@@ -46,6 +46,7 @@ class TypeOptions:
         "search has a squared error that is never above llama.cpp's; llama.cpp writes the same bytes as it does.",
         choices=ROUNDINGS,
     )
+    allow_fallback: bool = option(False, "Take a larger type where a type's blocks do not divide the rows.")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class MixtureOptions:
         "search has a squared error that is never above llama.cpp's; llama.cpp writes the same bytes as it does.",
         choices=ROUNDINGS,
     )
-    allow_fallback: bool = option(False, "Take a larger type where rows are no multiple of a type's block.")
+    allow_fallback: bool = option(False, "Take a larger type where a type's blocks do not divide the rows.")
 
 
 @hookimpl

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from monoquant_core.encoding import Encoding
 from monoquant_core.model import TensorSpec
 from monoquant_core.schemes import Context, Proposal, Refusal, unsuitable
-from monoquant_gguf.layouts import QUANTIZED, by_name
+from monoquant_gguf.layouts import by_name
 from monoquant_gguf.plugin import TypeOptions
 
 if TYPE_CHECKING:
@@ -24,32 +24,52 @@ KEEPS_ZERO = frozenset({"Q8_0", "Q4_0", "Q5_0", "Q3_K", "Q6_K", "TQ1_0", "TQ2_0"
 NEAREST = frozenset({"Q8_0", "TQ1_0", "TQ2_0", "MXFP4"})
 
 
+#: what llama-quantize takes where a type's blocks do not divide the rows; F16 where these do not, either
+FALLBACKS = {
+    **{"Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0"},
+    **{"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"},
+}
+
+
 class GgmlQuantizer:
     """Blocks of one type of ggml, along the last axis."""
 
     idempotent = False  #: the largest code need not be in use again, and a search may find another scale
 
     def __init__(self, name: str, options: TypeOptions) -> None:
-        self.layout, self.rounding = by_name(name), options.rounding
-        self.keeps_zero = name in KEEPS_ZERO
-        self.nearest = name in NEAREST
+        self.layout, self.options = by_name(name), options
+        #: types that it may come to, the wanted one first
+        self.layouts = [self.layout]
+        if options.allow_fallback and name in FALLBACKS:
+            self.layouts.append(by_name(FALLBACKS[name]))
+        self.keeps_zero = all(layout.name in KEEPS_ZERO for layout in self.layouts)
+        self.nearest = all(layout.name in NEAREST for layout in self.layouts)
 
     def propose(self, spec: TensorSpec) -> Proposal | Refusal:
-        """The type's encoding, or why there is none."""
+        """The type's encoding, or why there is none; where its blocks do not divide rows, an allowed fallback's."""
         refusal = unsuitable(spec)
         if refusal is not None:
             return refusal
         row, size = spec.shape[-1], self.layout.block_size
-        if row % size:
-            fitting = [other.name for other in QUANTIZED if row % other.block_size == 0]
-            hint = f"types that fit rows of {row}: {', '.join(fitting)}" if fitting else "store it as a float"
-            return Refusal(f"blocks of {size} do not divide its rows of {row}", hint=hint)
-        return Proposal(self.layout.encoding_for(len(spec.shape)), layout=self.layout.name)
+        for layout in self.layouts:
+            if row % layout.block_size == 0:
+                return Proposal(layout.encoding_for(len(spec.shape)), layout=layout.name)
+        if self.options.allow_fallback:
+            return Proposal("float16", layout="F16")
+        fallback = by_name(FALLBACKS.get(self.layout.name, "F16"))
+        if row % fallback.block_size:
+            fallback = by_name("F16")
+        return Refusal(
+            f"blocks of {size} do not divide its rows of {row}; llama-quantize falls back to {fallback.name}, "
+            f"{fallback.bits_per_weight:g} bits per weight instead of {self.layout.bits_per_weight:g}",
+            hint="--allow-fallback accepts those types",
+        )
 
     def accepts(self, spec: TensorSpec, encoding: Encoding) -> bool:
         """Whether it is this type's encoding, and fits."""
-        fits = unsuitable(spec) is None and spec.shape[-1] % self.layout.block_size == 0
-        return fits and len(encoding.block) == len(spec.shape) and self.layout.holds(encoding)
+        if unsuitable(spec) is not None or len(encoding.block) != len(spec.shape):
+            return False
+        return any(spec.shape[-1] % layout.block_size == 0 and layout.holds(encoding) for layout in self.layouts)
 
     def quantize(self, rows: torch.Tensor, encoding: Encoding, context: Context) -> QuantizedTensor:
         """Quantize whole rows.
@@ -58,7 +78,8 @@ class GgmlQuantizer:
         """
         from monoquant_gguf.kernels import run
 
-        return run.quantize(self.layout, rows, encoding, context, search=self.rounding == "search")
+        layout = next((layout for layout in self.layouts if layout.holds(encoding)), self.layout)
+        return run.quantize(layout, rows, encoding, context, search=self.options.rounding == "search")
 
 
 def accelerator() -> str:

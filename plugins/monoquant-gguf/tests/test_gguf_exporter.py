@@ -351,7 +351,8 @@ def test_planning_imports_no_torch(minilm: Path) -> None:
         "import sys; from monoquant_core.plugins import load_registry; from monoquant_core.sources import open_source;"
         "from monoquant_core.planner import make_plan; r = load_registry();"
         "assert not {'torch', 'numpy', 'gguf'} & set(sys.modules), 'registering';"
-        f"p = make_plan(open_source({str(minilm)!r}, r), registry=r, format='gguf', destination='m.gguf', quantizing=False);"
+        f"s = open_source({str(minilm)!r}, r);"
+        "p = make_plan(s, registry=r, format='gguf', destination='m.gguf', quantizing=False);"
         "assert p.bytes_after > 1000; assert 'torch' not in sys.modules, 'planning'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

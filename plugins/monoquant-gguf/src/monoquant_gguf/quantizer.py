@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 #: types that have a code for zero whatever the block's parameters are
 KEEPS_ZERO = frozenset({"Q8_0", "Q4_0", "Q5_0", "Q3_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4"})
 
-#: types whose scale settles the codes, so that each is the nearest; others leave the codes of a search where it is zero
-NEAREST = frozenset({"Q8_0", "TQ1_0", "TQ2_0", "MXFP4"})
-
+#: types whose codes are the nearest to the scale as it is stored; others are rounded to one that becomes a float16
+NEAREST = frozenset({"MXFP4"})
 
 #: what llama-quantize takes where a type's blocks do not divide the rows; F16 where these do not, either
 FALLBACKS = {

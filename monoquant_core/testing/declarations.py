@@ -207,6 +207,7 @@ _PLANNING = """
 from monoquant_core.plugins import load_registry
 from monoquant_core.options import build
 from monoquant_core.encoding import INT8, Encoding, per_channel
+from monoquant_core.errors import MonoquantError
 from monoquant_core.exporters import Drop, FileLayout, Placed, Refuses
 from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.schemes import Proposal
@@ -224,7 +225,10 @@ else:
         for proposal in (None, Proposal(Encoding(INT8, per_channel(2), "float32"))):
             if not isinstance(out, Drop) and not isinstance(held := made.verdict(out, proposal), Refuses):
                 placed = [Placed(out, proposal, held, tuple(made.parts(out, held)))]
-    list(made.files(FileLayout(tuple(placed), info, "out")))
+    try:
+        list(made.files(FileLayout(tuple(placed), info, "out")))
+    except MonoquantError:  # a format may want more of a model than the sample has
+        pass
 """
 
 

@@ -102,11 +102,10 @@ class GgufExporter:
             if layout is None and out.dtype not in _NUMBERS:
                 return Refuses(f"ggml has no type for {out.dtype}")
             return Holds(layout.name if layout is not None else out.dtype, None)
-        if proposal.activation is not None:
-            return Refuses(
-                "GGUF stores weights only", Proposal(proposal.encoding, None, proposal.layout, proposal.needs)
-            )
-        return _quantized(out, proposal, proposal.encoding)
+        found = _quantized(out, proposal, proposal.encoding)
+        if proposal.activation is None or isinstance(found, Refuses):
+            return found
+        return Refuses("GGUF stores weights only", Proposal(proposal.encoding, None, proposal.layout, proposal.needs))
 
     def parts(self, out: Output, held: Held) -> Sequence[Part]:
         """One part, of bytes where it is quantized."""

@@ -1,19 +1,26 @@
-"""Key-value pairs of a GGUF file, and the bytes before its data. Imports no torch; the gguf package on writing."""
+"""Key-value pairs of a GGUF file, and the bytes before its data.
+
+Imports neither torch nor the gguf package, which needs numpy: a plan must be cheap. The package reads what is written
+here, in the tests.
+"""
 
 from __future__ import annotations
 
-import io
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from monoquant_core.errors import PlanError
-from monoquant_gguf.container import DEFAULT_ALIGNMENT, MAX_NAME
+from monoquant_gguf.container import ARRAY, BOOL, DEFAULT_ALIGNMENT, MAGIC, MAX_NAME, STRING
 
 Kind = Literal["UINT32", "FLOAT32", "BOOL", "STRING", "UINT32[]", "INT32[]", "FLOAT32[]", "BOOL[]", "STRING[]"]
 
 ALIGNMENT = DEFAULT_ALIGNMENT
+VERSION = 3
+
+#: kind -> number of the format, and how struct spells it
+_TYPES = {"UINT32": (4, "I"), "INT32": (5, "i"), "FLOAT32": (6, "f"), "BOOL": (BOOL, "?"), "STRING": (STRING, "")}
 
 
 @dataclass
@@ -87,32 +94,30 @@ def header(metadata: Metadata, tensors: Sequence[Stored], *, copied: tuple[bytes
     :param copied: key-value pairs as another file holds them, and how many; they come first.
     :raises PlanError: for a tensor that GGUF cannot name.
     """
-    import gguf
-
     for tensor in tensors:
         if not 0 < len(tensor.name.encode()) <= MAX_NAME:
             raise PlanError(f"{tensor.name}: GGUF takes names of 1 to {MAX_NAME} bytes")
-    buffer = io.BytesIO()
-    writer = gguf.GGUFWriter(None, "")
-    writer.kv_data = [{}]
-    for key, (kind, value) in metadata.pairs.items():
-        base, array = kind.removesuffix("[]"), kind.endswith("[]")
-        kinds = gguf.GGUFValueType
-        writer.add_key_value(key, value, kinds.ARRAY if array else kinds[base], kinds[base] if array else None)
-    writer.fout = [buffer]  # type: ignore[list-item]  # it only writes and flushes
-    writer.state = type(writer.state).EMPTY
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    written = buffer.getvalue()
-    counts = struct.pack("<QQ", len(tensors), len(metadata.pairs) + copied[1])
+    pairs = [_text(key) + _value(kind, value) for key, (kind, value) in metadata.pairs.items()]
+    counts = struct.pack("<IQQ", VERSION, len(tensors), len(pairs) + copied[1])
     found, _ = offsets(tensors)
     infos = [_info(tensor, offset) for tensor, offset in zip(tensors, found, strict=True)]
-    text = b"".join([written[:8], counts, copied[0], written[24:], *infos])
+    text = b"".join([MAGIC, counts, copied[0], *pairs, *infos])
     return text + bytes(-len(text) % ALIGNMENT)
 
 
+def _value(kind: Kind, value: Any) -> bytes:
+    number, spelling = _TYPES[kind.removesuffix("[]")]
+    if not kind.endswith("[]"):
+        return struct.pack("<I", number) + (_text(value) if number == STRING else struct.pack(f"<{spelling}", value))
+    head = struct.pack("<IIQ", ARRAY, number, len(value))
+    return head + (b"".join(map(_text, value)) if number == STRING else struct.pack(f"<{len(value)}{spelling}", *value))
+
+
+def _text(value: str | bytes) -> bytes:
+    data = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+    return struct.pack("<Q", len(data)) + data
+
+
 def _info(tensor: Stored, offset: int) -> bytes:
-    # By hand: the package takes shapes of numpy arrays, which a tensor of 0 dimensions or an unknown type is not.
-    name = tensor.name.encode()
     extents = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
-    return struct.pack("<Q", len(name)) + name + extents + struct.pack("<IQ", tensor.ggml_type, offset)
+    return _text(tensor.name) + extents + struct.pack("<IQ", tensor.ggml_type, offset)

@@ -47,6 +47,7 @@ class TypeOptions:
         choices=ROUNDINGS,
     )
     allow_fallback: bool = option(False, "Take a larger type where a type's blocks do not divide the rows.")
+    imatrix: str = option("", "Importance matrix that llama-imatrix wrote: weighs the error of every column.")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class MixtureOptions:
         choices=ROUNDINGS,
     )
     allow_fallback: bool = option(False, "Take a larger type where a type's blocks do not divide the rows.")
+    imatrix: str = option("", "Importance matrix that llama-imatrix wrote: weighs the error of every column.")
 
 
 @hookimpl

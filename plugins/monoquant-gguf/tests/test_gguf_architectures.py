@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,12 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from monoquant_gguf import architectures
+from monoquant_gguf.architectures.base import Model
 from monoquant_gguf.architectures.llama import Llama
+from monoquant_gguf.metadata import Metadata, header
 
 import monoquant_core as mq
-from monoquant_core.errors import PlanError
+from monoquant_core.errors import MonoquantError, PlanError
 from monoquant_core.hookspecs import hookimpl
+from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.plugins import load_registry
 
 transformers = pytest.importorskip("transformers")
@@ -235,3 +242,34 @@ def test_a_plugin_brings_an_architecture(tmp_path: Path, llamacpp: ModuleType, m
         expected = model(torch.tensor([ids])).logits[0].numpy()
     found = llamacpp.logits(str(tmp_path / "m.gguf"), ids, flash=0, kv_f32=True)
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_config_json_is_data(data: st.DataObject) -> None:
+    """Whatever it says, planning works or says what is wrong."""
+    kind = data.draw(st.sampled_from(list(architectures.BUILT_IN)))
+    junk = st.sampled_from([0, -1, 1.5, "x", [], {}, True, 1 << 40, math.inf, math.nan, 7, 1e300])
+    config: dict[str, Any] = {**SMALL, "model_type": kind.model_types[0], "num_local_experts": 4, "num_experts": 4}
+    config |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True, "head_dim": 16}
+    config |= {"rms_norm_eps": 1e-5, "rope_parameters": dict(data.draw(st.sampled_from([LLAMA3_ROPE, LONG_ROPE])))}
+    for _ in range(data.draw(st.integers(1, 3))):
+        target = data.draw(st.sampled_from([config, config["rope_parameters"]]))
+        if isinstance(target, dict):
+            target[data.draw(st.sampled_from([*config, *LLAMA3_ROPE, "long_factor", "layer_norm_eps"]))] = data.draw(
+                junk
+            )
+        if not isinstance(config.get("rope_parameters"), dict):
+            break
+    specs = [
+        TensorSpec("model.layers.0.self_attn.q_proj.weight", (64, 64), "float32"),
+        TensorSpec("model.layers.0.self_attn.k_proj.bias", (32,), "float32"),
+        TensorSpec("model.norm.weight", (64,), "float32"),
+    ]
+    model = Model(ModelInfo("m", config=config), {s.name: s.shape for s in specs})
+    architecture = kind()
+    with contextlib.suppress(MonoquantError):
+        architecture.outputs(specs, model, "float16")
+    with contextlib.suppress(MonoquantError):
+        architecture.hyperparameters(model, found := Metadata())
+        assert header(found, [])

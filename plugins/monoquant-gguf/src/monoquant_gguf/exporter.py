@@ -207,7 +207,7 @@ def _quantized(out: Output, proposal: Proposal, encoding: Encoding) -> Verdict:
         if row % chosen.block_size:
             return Refuses(
                 f"rows of {row} are not whole blocks of {chosen.block_size} ({chosen.name})",
-                hint="--allow-fallback takes a larger type for these",
+                hint="types with blocks of 32 may fit: Q4_0, Q5_0, Q8_0",
             )
         return Holds(chosen.name, chosen.encoding_for(len(out.shape)))
     reasons: list[str] = []

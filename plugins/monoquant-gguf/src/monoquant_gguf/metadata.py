@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from monoquant_core.containers.entries import shown
 from monoquant_core.errors import PlanError
 from monoquant_gguf.container import ARRAY, BOOL, DEFAULT_ALIGNMENT, MAGIC, MAX_NAME, STRING
 
@@ -18,6 +19,7 @@ Kind = Literal["UINT32", "FLOAT32", "BOOL", "STRING", "UINT32[]", "INT32[]", "FL
 
 ALIGNMENT = DEFAULT_ALIGNMENT
 VERSION = 3
+LARGEST = 3.4028234663852886e38  #: of float32
 
 #: kind -> number of the format, and how struct spells it
 _TYPES = {"UINT32": (4, "I"), "INT32": (5, "i"), "FLOAT32": (6, "f"), "BOOL": (BOOL, "?"), "STRING": (STRING, "")}
@@ -31,12 +33,14 @@ class Metadata:
 
     def u32(self, key: str, value: int) -> None:
         """A count or an index."""
-        if not 0 <= value < 1 << 32:
-            raise PlanError(f"{key}: {value} is not a number that GGUF holds")
+        if type(value) is not int or not 0 <= value < 1 << 32:
+            raise PlanError(f"{key}: {shown(value)} is no count that GGUF holds")
         self.pairs[key] = ("UINT32", value)
 
     def f32(self, key: str, value: float) -> None:
         """A number."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+            raise PlanError(f"{key}: {shown(value)} is no number that GGUF holds")
         self.pairs[key] = ("FLOAT32", float(value))
 
     def flag(self, key: str, value: bool) -> None:

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 #: what llama.cpp reads as float32 whatever the type of the file, beside vectors and norms
 _ALWAYS_F32 = re.compile(r"_norm\.weight$|(^|\.)(position_embd|token_types|ffn_gate_inp)\.weight$")
+_ROPE_NUMBERS = (
+    *("rope_theta", "factor", "partial_rotary_factor", "attention_factor"),
+    *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+)
+MAX_HEAD = 1 << 16  #: elements
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -97,7 +102,10 @@ class Model:
     @property
     def head_dim(self) -> int:
         """Elements of a head."""
-        return self.count("head_dim") if self.get("head_dim") is not None else self.width // self.heads
+        value = self.count("head_dim") if self.get("head_dim") is not None else self.width // self.heads
+        if not 1 < value <= MAX_HEAD or value % 2:
+            raise PlanError(f"{self.info.name}: config.json: heads of {value} elements")
+        return value
 
     def rope(self, kind: str = "") -> Mapping[str, Any]:
         """Rope parameters, as transformers 5 (``rope_parameters``) or 4 (``rope_theta``, ``rope_scaling``) has them.
@@ -112,7 +120,11 @@ class Model:
         scaling = self.get("rope_scaling", default={})
         merged = {**(scaling if isinstance(scaling, Mapping) else {}), **found}
         merged.setdefault("rope_theta", self.get("rope_theta", default=10000.0))
-        merged["rope_type"] = merged.get("rope_type") or merged.get("type") or "default"
+        merged["rope_type"] = str(merged.get("rope_type") or merged.get("type") or "default")
+        for key in _ROPE_NUMBERS:
+            value = merged.get(key)
+            if value is not None and (type(value) not in (int, float) or not 0 < value < 1e30):
+                raise PlanError(f"{self.info.name}: config.json: rope's {key} is a positive number, got {value!r}")
         return merged
 
 
@@ -244,8 +256,7 @@ def common(arch: str, model: Model, out: Metadata, *, rotary: bool = True) -> No
     out.u32(f"{arch}.block_count", model.layers)
     out.u32(f"{arch}.context_length", model.count("max_position_embeddings", "n_positions", "n_ctx"))
     out.u32(f"{arch}.embedding_length", model.width)
-    inner = model.get("intermediate_size", "n_inner", default=4 * model.width)
-    out.u32(f"{arch}.feed_forward_length", int(inner))
+    out.u32(f"{arch}.feed_forward_length", model.get("intermediate_size", "n_inner", default=4 * model.width))
     out.u32(f"{arch}.attention.head_count", model.heads)
     if model.get("num_key_value_heads") is not None:
         out.u32(f"{arch}.attention.head_count_kv", model.kv_heads)
@@ -274,6 +285,8 @@ def rope_pairs(arch: str, model: Model, out: Metadata, rope: Mapping[str, Any]) 
             f"{model.info.name}: config.json: rope scaling {kind!r}, which {arch} of llama.cpp does not have"
         )
     out.text(f"{arch}.rope.scaling.type", kind)
+    if rope.get("factor") is None:
+        raise PlanError(f"{model.info.name}: config.json: {kind} rope scaling without a factor")
     out.f32(f"{arch}.rope.scaling.factor", float(rope["factor"]))
     if kind == "yarn":
         original = rope.get("original_max_position_embeddings") or model.count("max_position_embeddings")
@@ -294,6 +307,8 @@ def transposed(spec: TensorSpec) -> Change:
 
 def interleaved(spec: TensorSpec, head_dim: int) -> Change:
     """Rows of q and k, from rope's halves one after the other to pairs, as llama.cpp's "norm" rope wants them."""
+    if spec.shape[0] % head_dim:
+        raise PlanError(f"{spec.name}: {spec.shape[0]} rows are not whole heads of {head_dim}")
     half = head_dim // 2
     order = tuple(k * half + j for j in range(half) for k in range(2))
     reason = "rows of each head permuted: llama.cpp rotates neighbours, transformers halves"
@@ -306,7 +321,9 @@ def interleaved(spec: TensorSpec, head_dim: int) -> Change:
 
 def computed(name: str, values: Sequence[float], reason: str) -> Output:
     """A vector that is computed from the config."""
-    numbers = tuple(float(v) for v in values)
+    numbers = tuple(float(v) for v in values if isinstance(v, int | float) and abs(v) < 1e30)
+    if len(numbers) != len(values):
+        raise PlanError(f"{name}: config.json: a factor of rope is no number")
     transform = Transform(functools.partial(_constant, numbers), "tensor", reason)
     return Output(name, (len(numbers),), "float32", (), transform=transform)
 

@@ -72,7 +72,7 @@ class Bert(Architecture):
         pooling, _ = read_pooling(model)
         if pooling is not None:
             out.u32("bert.pooling_type", pooling)
-        out.u32("tokenizer.ggml.token_type_count", int(model.get("type_vocab_size", default=2)))
+        out.u32("tokenizer.ggml.token_type_count", model.get("type_vocab_size", default=2))
 
     def notes(self, model: Model) -> Sequence[str]:
         """What sentence-transformers would do beside."""

@@ -93,4 +93,4 @@ class Gemma3(Gemma2):
         super().hyperparameters(model, out)
         local = model.rope("sliding_attention")["rope_theta"] if model.get("rope_parameters") else None
         base = local if local is not None else model.get("rope_local_base_freq", default=10000.0)
-        out.f32("gemma3.rope.freq_base_swa", float(base))
+        out.f32("gemma3.rope.freq_base_swa", base)

@@ -57,5 +57,5 @@ class Phi3(Architecture):
             out.f32("phi3.rope.scaling.attn_factor", float(rope.get("attention_factor") or factor))
 
     def _rotated(self, model: Model) -> int:
-        part = model.rope().get("partial_rotary_factor") or model.get("partial_rotary_factor", default=1.0)
-        return int(model.head_dim * float(part))
+        part = model.rope().get("partial_rotary_factor") or model.number("partial_rotary_factor", default=1.0)
+        return int(model.head_dim * part)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from monoquant_core.errors import PlanError
 from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.recipe import KEEP, Rule
+from monoquant_gguf import imatrix
 from monoquant_gguf.plugin import MixtureOptions
-from monoquant_gguf.roles import Role, roles
+from monoquant_gguf.roles import Role, roles, targets_of
 
 #: the type of most tensors, where it is not the mixture's own name
 _DEFAULT = {
@@ -57,12 +60,22 @@ class Mixture:
                 groups.setdefault(types[spec.name], []).append(spec.name)
             elif spec.is_float:
                 groups.setdefault((KEEP, _FLOAT), []).append(spec.name)
-        options = {"rounding": self.options.rounding, "allow_fallback": self.options.allow_fallback}
-        changed = {key: value for key, value in options.items() if value != getattr(MixtureOptions(), key)}
+        if self.options.imatrix:
+            self._check_imatrix(info, types)
+        default = dataclasses.asdict(MixtureOptions())
+        changed = {key: value for key, value in dataclasses.asdict(self.options).items() if value != default[key]}
         return [
             Rule(scheme, (_any_of(names),), options={} if scheme == KEEP else changed, reason=reason)
             for (scheme, reason), names in groups.items()
         ]
+
+    def _check_imatrix(self, info: ModelInfo, types: Mapping[str, object]) -> None:
+        entries = imatrix.load(self.options.imatrix).entries
+        if not any(target in entries for name in types for target in targets_of(name)):
+            raise PlanError(
+                f"{self.options.imatrix}: none of its {len(entries)} tensors is in {info.name}",
+                hint=f"it is of another model; it has {', '.join(list(entries)[:3])}",
+            )
 
     def types(self, info: ModelInfo, specs: Sequence[TensorSpec]) -> dict[str, tuple[str, str]]:
         """Type and reason of every tensor that is quantized, by the source's name."""

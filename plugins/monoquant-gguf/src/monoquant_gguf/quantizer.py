@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from monoquant_core.encoding import Encoding
 from monoquant_core.model import TensorSpec
 from monoquant_core.schemes import Context, Proposal, Refusal, unsuitable
+from monoquant_gguf import imatrix
 from monoquant_gguf.layouts import by_name
 from monoquant_gguf.plugin import TypeOptions
+from monoquant_gguf.roles import targets_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +45,8 @@ class GgmlQuantizer:
             self.layouts.append(by_name(FALLBACKS[name]))
         self.keeps_zero = all(layout.name in KEEPS_ZERO for layout in self.layouts)
         self.nearest = all(layout.name in NEAREST for layout in self.layouts)
+        if options.imatrix:
+            imatrix.load(options.imatrix)  # what is wrong with it is said in planning
 
     def propose(self, spec: TensorSpec) -> Proposal | Refusal:
         """The type's encoding, or why there is none; where its blocks do not divide rows, an allowed fallback's."""
@@ -78,7 +82,16 @@ class GgmlQuantizer:
         from monoquant_gguf.kernels import run
 
         layout = next((layout for layout in self.layouts if layout.holds(encoding)), self.layout)
-        return run.quantize(layout, rows, encoding, context, search=self.options.rounding == "search")
+        search, importance = self.options.rounding == "search", self._importance(rows.shape[-1], context)
+        return run.quantize(layout, rows, encoding, context, search=search, importance=importance)
+
+    def _importance(self, columns: int, context: Context) -> torch.Tensor | None:
+        """Of the importance matrix, if there is one that has the tensor."""
+        if not self.options.imatrix or context.importance is not None:
+            return None
+        found = imatrix.load(self.options.imatrix)
+        names = targets_of(context.spec.name)
+        return next((v for v in (found.importance(name, columns) for name in names) if v is not None), None)
 
 
 def accelerator() -> str:

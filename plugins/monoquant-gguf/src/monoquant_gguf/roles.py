@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +55,19 @@ def roles(info: ModelInfo, specs: Sequence[TensorSpec]) -> dict[str, Role]:
             name = target[block.end() if block else 0 :].removesuffix(".weight")
             found[spec.name] = Role(target, name, int(block[1]) if block else -1)
     return found
+
+
+@functools.lru_cache(maxsize=4096)
+def targets_of(name: str) -> tuple[str, ...]:
+    """What a tensor may be called by llama.cpp, whatever the model: its own name first."""
+    from monoquant_gguf.architectures import BUILT_IN
+
+    found = [name]
+    for architecture in BUILT_IN:
+        target = architecture().target(name)
+        if target is not None:
+            found.append(target[0] if isinstance(target, tuple) else target)
+    return tuple(dict.fromkeys(found))
 
 
 def _known(info: ModelInfo, specs: Sequence[TensorSpec]) -> dict[str, str | None] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -32,42 +34,70 @@ def _compiled() -> ModuleType | None:
 
 
 def quantize(
-    layout: Layout, rows: torch.Tensor, encoding: Encoding, context: Context, *, search: bool
+    layout: Layout,
+    rows: torch.Tensor,
+    encoding: Encoding,
+    context: Context,
+    *,
+    search: bool,
+    importance: torch.Tensor | None = None,
 ) -> QuantizedTensor:
     """Codes and parameters of a chunk of whole rows.
 
+    :param importance: float32 ``[matrices, columns]``, of the experts of a stack or of the whole tensor; by default the
+        context's.
     :raises QuantizationError: for NaN and infinity, and for values beyond what float16 scales hold.
     """
     matrix = rows.reshape(-1, rows.shape[-1]).to(torch.float32).contiguous()
-    importance = _importance(context, matrix)
+    weights = _importance(context, importance, matrix)
     compiled = _compiled() if matrix.device.type == "cpu" else None
     lanes = compiled or in_torch
-    step = max(1, SPAN // matrix.shape[1])
     pieces = []
-    for first in range(0, len(matrix), step):
-        piece = matrix[first : first + step]
+    for span in _spans(context, matrix, weights):
+        piece = matrix[span.start : span.stop]
+        weight = None
+        if weights is not None:
+            per_matrix = max(1, context.spec.shape[-2])
+            weight = weights[(context.rows.start + span.start) // per_matrix if len(weights) > 1 else 0]
         if not bool(absmax(piece).isfinite().all()):
             check_finite(rows, context)
         if search:
-            parts = better.quantize(layout, piece, importance, lanes)
+            parts = better.quantize(layout, piece, weight, lanes)
         else:
-            parts = searched.quantize(layout.name, piece, layout.block_size, importance, lanes)
+            parts = searched.quantize(layout.name, piece, layout.block_size, weight, lanes)
         _check_held(parts, context)
         pieces.append(parts)
     tensor = to_tensor(_joined(pieces), layout, tuple(rows.shape))
     return QuantizedTensor(encoding, tensor.codes, tensor.scale, None, tensor.offset)
 
 
-def _importance(context: Context, matrix: torch.Tensor) -> torch.Tensor | None:
-    if context.importance is None:
-        return None
-    if context.importance.numel() != matrix.shape[1]:
+def _spans(context: Context, matrix: torch.Tensor, weights: torch.Tensor | None) -> Iterator[range]:
+    """Rows at a time, all of one expert where they differ in importance."""
+    step, first = max(1, SPAN // matrix.shape[1]), 0
+    while first < len(matrix):
+        last = min(first + step, len(matrix))
+        if weights is not None and len(weights) > 1:
+            per_matrix = context.spec.shape[-2]
+            at = context.rows.start + first
+            last = min(last, first + per_matrix - at % per_matrix)
+        yield range(first, last)
+        first = last
+
+
+def _importance(context: Context, given: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor | None:
+    if given is None:
+        if context.importance is None:
+            return None
+        given = context.importance.reshape(1, -1)
+    experts = math.prod(context.spec.shape[:-2])
+    if given.shape[1] != matrix.shape[1] or len(given) not in (1, experts):
         raise QuantizationError(
-            f"{context.spec.name}: importance of {context.importance.numel()} inputs, where there are "
-            f"{matrix.shape[1]}",
+            f"{context.spec.name}: importance of {given.shape[1]} inputs, where there are {matrix.shape[1]}"
+            if given.shape[1] != matrix.shape[1]
+            else f"{context.spec.name}: importance of {len(given)} experts, where there are {experts}",
             hint="calibrate the model that is quantized",
         )
-    return context.importance.to(matrix.device, torch.float32).reshape(-1)
+    return given.to(matrix.device, torch.float32)
 
 
 def _check_held(parts: Parts, context: Context) -> None:

@@ -374,3 +374,39 @@ def test_experts_of_other_numbers_make_no_stack() -> None:
     specs = [TensorSpec(name.format(i), (4, 4), "float32") for i in (0, 2)]
     with pytest.raises(MonoquantError, match=r"experts \[0, 2\] do not make a stack"):
         Mixtral().outputs(specs, Model(ModelInfo("m", config={"model_type": "mixtral"}), {}), "float16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+        ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64}),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["Q8_0", "int8"])
+def test_stacked_and_transposed_layers_are_quantized(
+    kind: str, extra: dict[str, Any], scheme: str, tmp_path: Path, llamacpp: ModuleType
+) -> None:
+    """Where a format's own type is asked for; int8 per channel of a transposed layer has another axis, and says so."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    small = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = getattr(transformers, f"{kind}Config")(**(extra if kind == "GPT2" else {**small, **extra}))
+    head = "GPT2LMHeadModel" if kind == "GPT2" else "MixtralForCausalLM"
+    model = getattr(transformers, head)(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    options = {"tokenizer": "none", "outtype": "f32"}
+    made = mq.quantize(tmp_path / "model", scheme=scheme)
+    if (kind, scheme) == ("GPT2", "int8"):
+        with pytest.raises(UnsupportedEncodingError, match=r"gguf cannot hold \d+ of"):
+            made.save(tmp_path / "m.gguf", format="gguf", format_options=options)
+        return
+    made.save(tmp_path / "m.gguf", format="gguf", format_options=options)
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert kinds["blk.1.ffn_down_exps.weight" if kind == "Mixtral" else "blk.1.ffn_down.weight"] == "Q8_0"
+    ids = list(range(5, 40))
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].numpy()
+    found = llamacpp.logits(str(tmp_path / "m.gguf"), ids, flash=0, kv_f32=True)
+    assert np.linalg.norm(found - expected) <= 0.03 * np.linalg.norm(expected)

@@ -42,10 +42,10 @@ def write(model: Model, count: int, out: Metadata) -> list[str]:
     elif (data := files.bytes_of("tokenizer.model")) is not None:
         pieces = sentencepiece.parse(data, str(model.files["tokenizer.model"]))
         found = sentencepiece.from_model(files, pieces)
-        sentencepiece.write(files, pieces, out)
+        notes += sentencepiece.write(files, pieces, out)
     elif files.model.get("type") == "BPE" and files.model.get("byte_fallback"):
         found = sentencepiece.from_json(files)
-        sentencepiece.write(files, None, out)
+        notes += sentencepiece.write(files, None, out)
     elif files.tokenizer:
         raise PlanError(
             f"{files.name}: tokenizer.json: a {files.model.get('type')} tokenizer, which llama.cpp does not have here",

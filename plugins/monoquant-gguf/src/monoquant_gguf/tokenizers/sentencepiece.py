@@ -90,13 +90,20 @@ def merges(files: Files) -> list[tuple[str, str]]:
     return pairs
 
 
-def write(files: Files, model: PieceModel | None, out: Metadata) -> None:
-    """The pairs that only this kind of tokenizer has."""
+def write(files: Files, model: PieceModel | None, out: Metadata) -> list[str]:
+    """The pairs that only this kind of tokenizer has.
+
+    :return: notes for the user.
+    """
     out.text("tokenizer.ggml.model", "llama")
     out.text("tokenizer.ggml.pre", "default")
     out.flag("tokenizer.ggml.add_space_prefix", _space_prefix(files, model))
     if model is not None and not files.tokenizer:
         out.flag("tokenizer.ggml.remove_extra_whitespaces", model.remove_extra_spaces)
+    steps = files.steps("pre_tokenizer", "pretokenizers")
+    if any(step.get("type") == "Metaspace" for step in steps) and _space_prefix(files, model):
+        return ["llama.cpp puts a space before texts that begin with one, too, which this tokenizer does not"]
+    return []
 
 
 def _space_prefix(files: Files, model: PieceModel | None) -> bool:

@@ -31,7 +31,7 @@ def _jit(function: _Function) -> _Function:
 def symmetric(x: torch.Tensor, weights: torch.Tensor | None, half: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`monoquant_gguf.kernels.lanes.symmetric`."""
     values = x.contiguous().numpy()
-    scale, codes = np.empty(len(x), _F), np.empty(values.shape, _I)
+    scale, codes = np.empty(len(x), _F), np.empty(values.shape, np.int8)
     used = (x * x if weights is None else weights.contiguous()).numpy()
     _symmetric(values, used, _I(half), scale, codes)
     return torch.from_numpy(scale), torch.from_numpy(codes)
@@ -40,7 +40,7 @@ def symmetric(x: torch.Tensor, weights: torch.Tensor | None, half: int) -> tuple
 def descent(x: torch.Tensor, half: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`monoquant_gguf.kernels.lanes.descent`."""
     values = x.contiguous().numpy()
-    scale, codes = np.empty(len(x), _F), np.empty(values.shape, _I)
+    scale, codes = np.empty(len(x), _F), np.empty(values.shape, np.int8)
     _descent(values, _I(half), scale, codes)
     return torch.from_numpy(scale), torch.from_numpy(codes)
 
@@ -58,7 +58,7 @@ def ranged(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`monoquant_gguf.kernels.lanes.ranged`."""
     values = x.contiguous().numpy()
-    scale, minimum, codes = np.empty(len(x), _F), np.empty(len(x), _F), np.empty(values.shape, _I)
+    scale, minimum, codes = np.empty(len(x), _F), np.empty(len(x), _F), np.empty(values.shape, np.uint8)
     factors = np.array([_F(first) + _F(step) * _F(k) + _F(levels) for k in range(steps + 1)], _F)
     _ranged(values, weights.contiguous().numpy(), _I(levels), factors, absolute, guarded, scale, minimum, codes)
     return torch.from_numpy(scale), torch.from_numpy(minimum), torch.from_numpy(codes)
@@ -70,6 +70,17 @@ def codebook(x: torch.Tensor, weights: torch.Tensor, values: tuple[float, ...], 
     scale = np.empty(len(x), _F)
     _codebook(x.contiguous().numpy(), weights.contiguous().numpy(), table, table[1:] + table[:-1], tries, scale)
     return torch.from_numpy(scale)
+
+
+def rounded(
+    x: torch.Tensor, scale: torch.Tensor, added: torch.Tensor | None, searched: torch.Tensor, low: int, high: int
+) -> torch.Tensor:
+    """See :func:`monoquant_gguf.kernels.lanes.rounded`."""
+    codes = np.empty(tuple(x.shape), np.uint8 if low == 0 else np.int8)
+    offsets = torch.zeros_like(scale) if added is None else added
+    given = searched.contiguous().numpy().astype(codes.dtype, copy=False)
+    _rounded(x.contiguous().numpy(), scale.numpy(), offsets.numpy(), given, _I(low), _I(high), codes)
+    return torch.from_numpy(codes)
 
 
 @_jit
@@ -106,13 +117,11 @@ def _extremes(x: Any, amax: Any, extreme: Any) -> None:
 
 
 @_jit
-def _symmetric(values: Any, weights: Any, half: Any, scales: Any, codes: Any) -> None:  # noqa: PLR0912
+def _symmetric(values: Any, weights: Any, half: Any, scales: Any, codes: Any) -> None:
     lanes, n = values.shape
     x, w = np.empty((n, LANES), _F), np.empty((n, LANES), _F)
-    tried, kept = np.empty((n, LANES), _I), np.empty((n, LANES), _I)
-    amax, extreme, inverse = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F)
+    amax, extreme, inverse, kept = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F)
     xl, ll, best, scale = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F)
-    better = np.empty(LANES, np.bool_)
     for start in range(0, lanes, LANES):
         _transpose(values, start, x)
         _transpose(weights, start, w)
@@ -126,32 +135,22 @@ def _symmetric(values: Any, weights: Any, half: Any, scales: Any, codes: Any) ->
                 ll[j] = _ZERO
             for i in range(n):
                 for j in range(LANES):
-                    code = _clip(_nearest(inverse[j] * x[i, j]), -half, half - _I(1))
-                    tried[i, j] = code
-                    level = _F(code)
+                    level = _F(_clip(_nearest(inverse[j] * x[i, j]), -half, half - _I(1)))
                     xl[j] += w[i, j] * x[i, j] * level
                     ll[j] += w[i, j] * level * level
-            any_better = False
             for j in range(LANES):
+                fit = xl[j] / ll[j]
                 if turn == 0:
-                    scale[j] = xl[j] / ll[j] if ll[j] != _ZERO else _ZERO
-                    best[j] = scale[j] * xl[j]
-                    better[j] = True
-                else:
-                    better[j] = (ll[j] > _ZERO) and (xl[j] * xl[j] > best[j] * ll[j])
-                    if better[j]:
-                        scale[j] = xl[j] / ll[j]
-                        best[j] = scale[j] * xl[j]
-                any_better |= better[j]
-            if any_better:
-                for i in range(n):
-                    for j in range(LANES):
-                        kept[i, j] = tried[i, j] if better[j] else kept[i, j]
+                    fit = fit if ll[j] != _ZERO else _ZERO
+                better = turn == 0 or ((ll[j] > _ZERO) and (xl[j] * xl[j] > best[j] * ll[j]))
+                scale[j] = fit if better else scale[j]
+                best[j] = fit * xl[j] if better else best[j]
+                kept[j] = inverse[j] if better else kept[j]
         for j in range(min(LANES, lanes - start)):
             empty = amax[j] < _TINY
             scales[start + j] = _ZERO if empty else scale[j]
             for i in range(n):
-                codes[start + j, i] = -half if empty else kept[i, j]
+                codes[start + j, i] = -half if empty else _clip(_nearest(kept[j] * x[i, j]), -half, half - _I(1))
 
 
 @_jit
@@ -209,12 +208,13 @@ def _ranged(  # noqa: PLR0912, PLR0915 - a call for each step would cost more th
 ) -> None:
     lanes, n = values.shape
     x, w = np.empty((n, LANES), _F), np.empty((n, LANES), _F)
-    tried, kept = np.empty((n, LANES), _F), np.empty((n, LANES), _F)
+    tried = np.empty((n, LANES), _F)
+    kept, kept_low, kept_guard = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, np.bool_)
     low, high, sum_w, sum_x = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F)
     l1, l2, xl, inverse = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F)
     scale, best, start_low = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F)
     new_scale, new_low, error = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F)
-    solvable, better = np.empty(LANES, np.bool_), np.empty(LANES, np.bool_)
+    solvable = np.empty(LANES, np.bool_)
     top, zero = _I(levels), _I(0)
     limit = _F(levels)
     for start in range(0, lanes, LANES):
@@ -237,10 +237,12 @@ def _ranged(  # noqa: PLR0912, PLR0915 - a call for each step would cost more th
             inverse[j] = limit / (high[j] - low[j])
             scale[j] = _F(1) / inverse[j]
             best[j] = _ZERO
+            kept[j] = inverse[j]
+            kept_low[j] = low[j]
+            kept_guard[j] = False
         for i in range(n):
             for j in range(LANES):
                 level = _F(_clip(_nearest(inverse[j] * (x[i, j] - low[j])), zero, top))
-                kept[i, j] = level
                 difference = scale[j] * level + low[j] - x[i, j]
                 best[j] += w[i, j] * (abs(difference) if absolute else difference * difference)
         for k in range(factors.shape[0]):
@@ -272,23 +274,23 @@ def _ranged(  # noqa: PLR0912, PLR0915 - a call for each step would cost more th
                 for j in range(LANES):
                     difference = new_scale[j] * tried[i, j] + new_low[j] - x[i, j]
                     error[j] += w[i, j] * (abs(difference) if absolute else difference * difference)
-            any_better = False
             for j in range(LANES):
-                better[j] = solvable[j] and error[j] < best[j]
-                any_better |= better[j]
-                best[j] = error[j] if better[j] else best[j]
-                scale[j] = new_scale[j] if better[j] else scale[j]
-                low[j] = new_low[j] if better[j] else low[j]
-            if any_better:
-                for i in range(n):
-                    for j in range(LANES):
-                        kept[i, j] = tried[i, j] if better[j] else kept[i, j]
+                better = solvable[j] and error[j] < best[j]
+                best[j] = error[j] if better else best[j]
+                scale[j] = new_scale[j] if better else scale[j]
+                kept[j] = inverse[j] if better else kept[j]
+                kept_low[j] = low[j] if better else kept_low[j]
+                kept_guard[j] = guarded if better else kept_guard[j]
+                low[j] = new_low[j] if better else low[j]
         for j in range(min(LANES, lanes - start)):
             empty = high[j] <= start_low[j]
             scales[start + j] = _ZERO if empty else scale[j]
             minima[start + j] = -(start_low[j] if empty else low[j])
             for i in range(n):
-                codes[start + j, i] = zero if empty else _I(kept[i, j])
+                value = kept[j] * (x[i, j] - kept_low[j])
+                if kept_guard[j]:
+                    value = (value if value < limit else limit) if value > _ZERO else _ZERO
+                codes[start + j, i] = zero if empty else _clip(_nearest(value), zero, top)
 
 
 @_jit
@@ -328,3 +330,15 @@ def _codebook(values: Any, weights: Any, table: Any, middles: Any, tries: int, s
                     best[j] = scale[j] * xl[j]
         for j in range(min(LANES, lanes - start)):
             scales[start + j] = _ZERO if amax[j] < _TINY else scale[j]
+
+
+@_jit
+def _rounded(values: Any, scale: Any, added: Any, searched: Any, low: Any, high: Any, codes: Any) -> None:
+    lanes, n = values.shape
+    for lane in range(lanes):
+        by, plus = scale[lane], added[lane]
+        if by == _ZERO:
+            codes[lane] = searched[lane]
+            continue
+        for i in range(n):
+            codes[lane, i] = _clip(_nearest((values[lane, i] + plus) / by), low, high)

@@ -258,3 +258,12 @@ def positive(x: torch.Tensor, weights: torch.Tensor, levels: int) -> tuple[torch
     empty = largest < TINY
     codes = level.to(torch.int32).masked_fill_(empty, 0)
     return torch.where(empty | ~(ll > 0), 0.0, xl / ll), codes.t().contiguous()
+
+
+def rounded(
+    x: torch.Tensor, scale: torch.Tensor, added: torch.Tensor | None, searched: torch.Tensor, low: int, high: int
+) -> torch.Tensor:
+    """Codes of every lane: the nearest to its scale and what is added first, or those given where the scale is 0."""
+    values = x if added is None else x + added.unsqueeze(1)
+    codes = nearest(values / scale.unsqueeze(1)).clamp_(low, high)
+    return torch.where(scale.unsqueeze(1) == 0, searched.to(codes.dtype), codes)

@@ -21,7 +21,7 @@ from monoquant_gguf.kernels import searched
 from monoquant_gguf.layouts import Layout
 from monoquant_gguf.quantizer import accelerator
 
-SPAN = 1 << 18  #: elements at a time, at least a row: what a search keeps beside them stays in the cache
+SPAN = 1 << 16  #: elements at a time, at least a row: what a search keeps beside them stays in the cache
 
 
 @functools.lru_cache(maxsize=1)

@@ -28,11 +28,6 @@ def _sub(x: torch.Tensor, size: int) -> torch.Tensor:
     return x.reshape(-1, size)
 
 
-def _per_element(unit: torch.Tensor, codes: torch.Tensor, size: int) -> torch.Tensor:
-    """``unit * code`` of every sub-block, ``[blocks, sub-blocks, 1]``."""
-    return (unit.float().unsqueeze(1) * codes.float()).unsqueeze(2)
-
-
 def _root(importance: torch.Tensor, variance: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """llama.cpp's weights: importance, with more for large values."""
     return importance * root(variance.unsqueeze(1) + x * x)
@@ -55,19 +50,18 @@ def _rounded(
     d: torch.Tensor,
     scales: torch.Tensor,
     searched: torch.Tensor,
+    lanes: ModuleType,
     low: int,
     high: int,
     dmin: torch.Tensor | None = None,
     mins: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Codes to the scales as they are stored; where a scale is zero, those of the search."""
-    blocks, subs = scales.shape
-    values = x.view(blocks, subs, -1)
-    scale = _per_element(d, scales, values.shape[2])
-    if dmin is not None and mins is not None:
-        values = values + _per_element(dmin, mins, values.shape[2])
-    codes = nearest(values / scale).clamp_(low, high)
-    return torch.where(scale == 0, searched.reshape(codes.shape), codes).reshape(blocks, -1)
+    scale = (d.float().unsqueeze(1) * scales.float()).view(-1)
+    added = None if dmin is None or mins is None else (dmin.float().unsqueeze(1) * mins.float()).view(-1)
+    values = x.view(len(scale), -1)
+    codes: torch.Tensor = lanes.rounded(values, scale, added, searched.reshape(values.shape), low, high)
+    return codes.view(x.shape)
 
 
 def _with_minima(
@@ -94,7 +88,7 @@ def _with_minima(
         d, scales = in_torch.positive(scale, total, limit)
         dmin, mins = in_torch.positive(minimum, total, limit)
     d, dmin = d.to(torch.float16), dmin.to(torch.float16)
-    codes = _rounded(x, d, scales, searched, 0, levels, dmin, mins)
+    codes = _rounded(x, d, scales, searched, lanes, 0, levels, dmin, mins)
     return Parts(codes.to(torch.uint8), d, scales.to(torch.uint8), dmin, mins.to(torch.uint8))
 
 
@@ -140,7 +134,7 @@ def _q3_k(x: torch.Tensor, importance: Importance, lanes: ModuleType) -> Parts:
         scale, searched = lanes.symmetric(sub, weights, 4)
         unit, scales = in_torch.symmetric(scale.view(blocks, 16), row_sums(weights).view(blocks, 16), 32)
         d = unit.to(torch.float16)
-    codes = _rounded(x, d, scales, searched, -4, 3)
+    codes = _rounded(x, d, scales, searched, lanes, -4, 3)
     return Parts(codes.to(torch.int8), d, scales.to(torch.int8))
 
 
@@ -154,7 +148,7 @@ def _q6_k(x: torch.Tensor, importance: Importance, lanes: ModuleType) -> Parts:
     scales = nearest(factor.unsqueeze(1) * scale).clamp_(max=127)
     scales = _signed_bytes(scales).masked_fill_(empty.unsqueeze(1), 0)
     d = torch.where(empty, 0.0, factor.reciprocal()).to(torch.float16)
-    codes = _rounded(x, d, scales, searched, -32, 31).masked_fill_(empty.unsqueeze(1), -32)
+    codes = _rounded(x, d, scales, searched, lanes, -32, 31).masked_fill_(empty.unsqueeze(1), -32)
     return Parts(codes.to(torch.int8), d, scales.to(torch.int8))
 
 

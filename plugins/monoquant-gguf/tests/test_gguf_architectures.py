@@ -214,6 +214,22 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
         mq.export(tmp_path / "model", tmp_path / "m.gguf", "gguf", format_options={"tokenizer": "none"})
 
 
+def test_layers_that_are_missing_are_counted(tmp_path: Path) -> None:
+    build("Llama", {}, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1 << 30}))
+    with pytest.raises(PlanError, match=r"config.json says 1073741824 layers, the tensors are those of 2"):
+        mq.export(tmp_path / "model", tmp_path / "m.gguf", "gguf", format_options={"tokenizer": "none"})
+
+
+def test_a_head_that_is_missing_and_a_window_are_said(tmp_path: Path) -> None:
+    config = transformers.MistralConfig(**{**SMALL, "sliding_window": 16, "tie_word_embeddings": False})
+    transformers.MistralModel(config).save_pretrained(tmp_path / "model")
+    report = mq.export(tmp_path / "model", tmp_path / "m.gguf", "gguf", format_options={"tokenizer": "none"})
+    assert any("no lm_head" in note for note in report.notes)
+    assert any("window of 16 tokens" in note for note in report.notes)
+
+
 class Cousin(Llama):
     """An architecture of a third party."""
 

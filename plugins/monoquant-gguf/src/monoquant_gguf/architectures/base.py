@@ -29,6 +29,7 @@ _ROPE_NUMBERS = (
     *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 )
 MAX_HEAD = 1 << 16  #: elements
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -173,7 +174,11 @@ class Architecture:
 
     def notes(self, model: Model) -> Sequence[str]:
         """What gets lost."""
-        return ()
+        if "lm_head" not in self.names or any(name.endswith("lm_head.weight") for name in model.shapes):
+            return ()
+        if model.get("tie_word_embeddings", default=True):
+            return ()
+        return ("there is no lm_head, and llama.cpp takes the embedding in its place: logits mean nothing",)
 
     def outputs(self, specs: Sequence[TensorSpec], model: Model, dtype: str) -> list[Output | Drop]:
         """What the file contains.
@@ -204,6 +209,11 @@ class Architecture:
                 hint="--architecture generic writes every tensor under its own name, for other readers than llama.cpp",
             )
         items += [self._stack(name, members, model, dtype) for name, members in stacks.items()]
+        blocks = {int(found[1]) for item in items if isinstance(item, Output) and (found := _BLOCK.match(item.name))}
+        if len(blocks) != model.layers or max(blocks, default=-1) != model.layers - 1:
+            raise PlanError(
+                f"{model.info.name}: config.json says {model.layers} layers, the tensors are those of {len(blocks)}"
+            )
         present = {item.name for item in items if isinstance(item, Output)}
         items += [out for out in self.derived(model) if out.name not in present]
         return items
@@ -291,6 +301,16 @@ def rope_pairs(arch: str, model: Model, out: Metadata, rope: Mapping[str, Any]) 
     if kind == "yarn":
         original = rope.get("original_max_position_embeddings") or model.count("max_position_embeddings")
         out.u32(f"{arch}.rope.scaling.original_context_length", int(original))
+
+
+def only(model: Model, arch: str, key: str, *allowed: Any) -> None:
+    """Refuse a config that says otherwise; the first of what is allowed is transformers' default.
+
+    :raises PlanError: naming the key and what llama.cpp has.
+    """
+    value = model.get(key, default=allowed[0])
+    if value not in allowed:
+        raise PlanError(f"{model.info.name}: config.json: {key} {value!r}; llama.cpp's {arch} has {allowed[0]!r}")
 
 
 def plus_one() -> Change:

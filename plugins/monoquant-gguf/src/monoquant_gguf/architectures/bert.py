@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from monoquant_core.containers.entries import parse_json
 from monoquant_core.containers.reader import FileReader
 from monoquant_core.errors import PlanError, SourceError
-from monoquant_gguf.architectures.base import Architecture, Model, common, for_layers
+from monoquant_gguf.architectures.base import Architecture, Model, common, for_layers, only
 from monoquant_gguf.metadata import Metadata
 
 MEAN, CLS, LAST = 1, 2, 3  #: llama.cpp's pooling types
@@ -60,10 +60,8 @@ class Bert(Architecture):
 
     def check(self, model: Model) -> None:
         """llama.cpp's bert has absolute positions and the exact gelu."""
-        if (act := model.get("hidden_act", default="gelu")) != "gelu":
-            raise PlanError(f"{model.info.name}: config.json: hidden_act {act!r}; llama.cpp's bert has gelu")
-        if (kind := model.get("position_embedding_type", default="absolute")) != "absolute":
-            raise PlanError(f"{model.info.name}: config.json: {kind} positions; llama.cpp's bert has absolute ones")
+        only(model, self.name, "hidden_act", "gelu")
+        only(model, self.name, "position_embedding_type", "absolute")
 
     def hyperparameters(self, model: Model, out: Metadata) -> None:
         """Not causal, and pooled as sentence-transformers says."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from monoquant_core.errors import PlanError
 from monoquant_core.model import TensorSpec
-from monoquant_gguf.architectures.base import Architecture, Change, Model, for_layers, transposed
+from monoquant_gguf.architectures.base import Architecture, Change, Model, for_layers, only, transposed
 
 _CONV1D = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
 
@@ -42,11 +41,9 @@ class Gpt2(Architecture):
 
     def check(self, model: Model) -> None:
         """llama.cpp has the activation that GPT-2 was trained with."""
-        act = model.get("activation_function", default="gelu_new")
-        if act not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise PlanError(
-                f"{model.info.name}: config.json: activation_function {act!r}; llama.cpp's gpt2 has gelu_new"
-            )
+        only(model, self.name, "activation_function", "gelu_new", "gelu_pytorch_tanh")
+        only(model, self.name, "scale_attn_weights", True)
+        only(model, self.name, "scale_attn_by_inverse_layer_idx", False)
 
     def change(self, target: str, spec: TensorSpec, model: Model) -> Change | None:
         """Conv1D weights are transposed."""

@@ -9,7 +9,16 @@ from typing import ClassVar
 from monoquant_core.errors import PlanError
 from monoquant_core.exporters import Output
 from monoquant_core.model import TensorSpec
-from monoquant_gguf.architectures.base import Architecture, Change, Model, common, computed, for_layers, interleaved
+from monoquant_gguf.architectures.base import (
+    Architecture,
+    Change,
+    Model,
+    common,
+    computed,
+    for_layers,
+    interleaved,
+    only,
+)
 from monoquant_gguf.metadata import Metadata
 
 #: what nearly every decoder of transformers calls its tensors
@@ -47,8 +56,7 @@ class Llama(Architecture):
 
     def check(self, model: Model) -> None:
         """Rope that turns only a part of a head is permuted differently."""
-        if model.get("hidden_act", default="silu") != "silu":
-            raise PlanError(f"{model.info.name}: config.json: hidden_act {model.get('hidden_act')!r}; llama has silu")
+        only(model, self.name, "hidden_act", "silu")
         if float(model.rope().get("partial_rotary_factor") or 1) != 1:
             raise PlanError(f"{model.info.name}: config.json: partial_rotary_factor, which llama does not have")
 
@@ -64,6 +72,13 @@ class Llama(Architecture):
         if rope["rope_type"] != "llama3":
             return ()
         return (computed("rope_freqs.weight", llama3_factors(model), "llama3 rope scaling, computed from config.json"),)
+
+    def notes(self, model: Model) -> Sequence[str]:
+        """Mistral's first models attend to a window."""
+        window, longest = model.get("sliding_window"), model.get("max_position_embeddings")
+        if type(window) is not int or (type(longest) is int and window >= longest):
+            return super().notes(model)
+        return (*super().notes(model), f"llama.cpp's llama attends to everything, not to a window of {window} tokens")
 
     def hyperparameters(self, model: Model, out: Metadata) -> None:
         """Those of every decoder, and the rotated part of a head."""

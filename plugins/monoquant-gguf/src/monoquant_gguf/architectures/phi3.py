@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from monoquant_core.errors import PlanError
 from monoquant_core.exporters import Output
-from monoquant_gguf.architectures.base import Architecture, Model, common, computed, for_layers
+from monoquant_gguf.architectures.base import Architecture, Model, common, computed, for_layers, only
 from monoquant_gguf.architectures.llama import DECODER, ROTARY_BUFFERS
 from monoquant_gguf.metadata import Metadata
 
@@ -23,6 +23,10 @@ class Phi3(Architecture):
         **dict(for_layers({"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"})),
     }
     dropped: ClassVar[Mapping[str, str]] = ROTARY_BUFFERS
+
+    def check(self, model: Model) -> None:
+        """llama.cpp has one activation."""
+        only(model, self.name, "hidden_act", "silu")
 
     def derived(self, model: Model) -> Sequence[Output]:
         """Long rope's factors."""
@@ -45,9 +49,11 @@ class Phi3(Architecture):
         out.u32("phi3.attention.head_count_kv", model.kv_heads)
         out.u32("phi3.rope.dimension_count", self._rotated(model))
         longest, rope = model.count("max_position_embeddings"), model.rope()
-        original = (
-            model.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or longest
-        )
+        original = rope.get("original_max_position_embeddings") or longest
+        if model.get("original_max_position_embeddings") is not None:
+            original = model.count("original_max_position_embeddings")
+        if original < 2:
+            raise PlanError(f"{model.info.name}: config.json: original_max_position_embeddings {original}")
         out.u32("phi3.rope.scaling.original_context_length", int(original))
         if model.get("sliding_window") is not None:
             out.u32("phi3.attention.sliding_window", model.count("sliding_window"))

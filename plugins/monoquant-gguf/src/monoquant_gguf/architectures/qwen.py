@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from monoquant_core.errors import PlanError
-from monoquant_gguf.architectures.base import Architecture, Model, common, for_layers
+from monoquant_gguf.architectures.base import Architecture, Model, common, for_layers, only
 from monoquant_gguf.architectures.llama import DECODER, ROTARY_BUFFERS
 from monoquant_gguf.metadata import Metadata
 
@@ -23,6 +23,7 @@ class Qwen2(Architecture):
 
     def check(self, model: Model) -> None:
         """llama.cpp gives every layer full attention."""
+        only(model, self.name, "hidden_act", "silu")
         if model.get("use_sliding_window"):
             raise PlanError(
                 f"{model.info.name}: config.json: use_sliding_window, which llama.cpp's {self.name} has not"

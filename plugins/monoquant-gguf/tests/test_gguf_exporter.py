@@ -73,8 +73,23 @@ def test_llama_cpp_gives_the_logits_and_the_text_of_transformers(
         assert greedy == text
 
 
+def test_perplexity_of_types_and_mixtures_beside_float32(
+    tiny_llama: Path, tmp_path: Path, llamacpp: ModuleType, shared: Path
+) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    text = (shared / "data" / "code_eval.txt").read_text()[:12_000]
+    ids = tokenizers.Tokenizer.from_file(str(tiny_llama / "tokenizer.json")).encode(text).ids
+    mq.export(tiny_llama, tmp_path / "F32.gguf", "gguf", format_options={"outtype": "f32"})
+    exact, _ = llamacpp.perplexity(str(tmp_path / "F32.gguf"), ids, 256)
+    for scheme, worse in (("Q8_0", 1.005), ("Q4_K_M", 1.03), ("Q4_0", 1.10)):
+        mq.quantize(tiny_llama, scheme=scheme).save(tmp_path / f"{scheme}.gguf", format="gguf")
+        found, _ = llamacpp.perplexity(str(tmp_path / f"{scheme}.gguf"), ids, 256)
+        assert found < exact * worse, scheme
+
+
 @pytest.mark.parametrize(
-    ("options", "mean"), [({"outtype": "f16"}, 0.99999), ({"outtype": "f32"}, 0.99999), ("int8", 0.9995)]
+    ("options", "mean"),
+    [({"outtype": "f16"}, 0.99999), ({"outtype": "f32"}, 0.99999), ("int8", 0.9995), ("Q8_0", 0.9995)],
 )
 def test_llama_cpp_embeds_as_sentence_transformers(
     options: Any, mean: float, minilm: Path, tmp_path: Path, llamacpp: ModuleType, shared: Path
@@ -84,8 +99,8 @@ def test_llama_cpp_embeds_as_sentence_transformers(
     texts = ["Größe café", "日本語", "🎉", "x", "a  b\nc"]
     texts += [line.strip()[:400] for line in lines if len(line) > 40][:60]
     file = tmp_path / "m.gguf"
-    if options == "int8":
-        mq.quantize(minilm, scheme="int8").save(file, format="gguf")
+    if isinstance(options, str):
+        mq.quantize(minilm, scheme=options).save(file, format="gguf")
     else:
         mq.export(minilm, file, "gguf", format_options=options)
     expected = reference.encode(texts, normalize_embeddings=True)

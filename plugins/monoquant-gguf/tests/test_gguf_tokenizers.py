@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -13,12 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monoquant_gguf.architectures.base import Model
 from monoquant_gguf.container import read_array, read_header
-from monoquant_gguf.tokenizers import sentencepiece
+from monoquant_gguf.metadata import Metadata, header
+from monoquant_gguf.tokenizers import sentencepiece, write
 
 import monoquant_core as mq
 from monoquant_core.containers.reader import FileReader
 from monoquant_core.errors import MonoquantError, PlanError, SourceError
+from monoquant_core.model import ModelInfo
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -343,13 +349,61 @@ def test_a_damaged_tokenizer_model_is_refused(data: bytes) -> None:
         {"model": {"type": "Unigram", "vocab": []}},
         {"model": {"type": "WordPiece", "vocab": {"a": "b"}}},
         {"model": {"type": "WordPiece", "vocab": {}}, "added_tokens": [{"id": "x"}]},
+        {"model": {"type": "WordPiece", "vocab": {"\ud800": 0}}},
+        {"model": {"type": "WordPiece", "vocab": {"a": 0}, "continuing_subword_prefix": "@@"}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", 3]]}, "decoder": {"type": "ByteLevel"}},
+        {
+            "model": {"type": "BPE", "vocab": {}, "merges": []},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": 3},
+        },
         {"model": 3},
     ],
 )
-def test_a_malformed_tokenizer_json_is_one_line(content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_malformed_tokenizer_json_is_an_error(content: dict[str, Any], tmp_path: Path) -> None:
     tiny(tmp_path / "model", 100)
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(MonoquantError) as caught:
         mq.export(tmp_path / "model", tmp_path / "m.gguf", "gguf")
     assert "\n" not in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_tokenizer_files_are_data(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Whatever they say, they are written or refused."""
+    leaf = (
+        st.none()
+        | st.booleans()
+        | st.integers(-2, 5)
+        | st.sampled_from(["a", "<s>", "a b", "Sequence", "BPE", "\ud800"])
+    )
+    keys = st.sampled_from(
+        ["type", "id", "content", "special", "single", "SpecialToken", "pattern", "processors", "a", "1"]
+    )
+    junk = st.recursive(leaf, lambda x: st.lists(x, max_size=3) | st.dictionaries(keys, x, max_size=3), max_leaves=8)
+    model = data.draw(
+        st.sampled_from(
+            [
+                {"type": "WordPiece", "vocab": {"[CLS]": 0, "a": 1}},
+                {"type": "BPE", "byte_fallback": True, "vocab": {"<s>": 0, "a": 1, "aa": 2}, "merges": [["a", "a"]]},
+            ]
+        )
+    )
+    content: dict[str, Any] = {"model": dict(model)}
+    if data.draw(st.booleans()):
+        content["pre_tokenizer"] = {"type": "ByteLevel"}
+    config: dict[str, Any] = {"bos_token": "<s>"}
+    places = st.sampled_from(["added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder"])
+    others = st.sampled_from(["added_tokens_decoder", "bos_token", "chat_template", "add_bos_token", "strip_accents"])
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(places)] = data.draw(junk)
+        config[data.draw(others)] = data.draw(junk)
+    if data.draw(st.booleans()):
+        content["model"][data.draw(st.sampled_from([*content["model"], "unk_token"]))] = data.draw(junk)
+    folder = tmp_path_factory.mktemp("fuzz")
+    for name, text in (("tokenizer.json", content), ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(text))
+    files = {path.name: path for path in folder.iterdir()}
+    with contextlib.suppress(MonoquantError):
+        write(Model(ModelInfo("m", config={}), {}, files), 8, found := Metadata())
+        assert header(found, [])

@@ -118,7 +118,10 @@ def _value(kind: Kind, value: Any) -> bytes:
 
 
 def _text(value: str | bytes) -> bytes:
-    data = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+    try:
+        data = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+    except UnicodeEncodeError:  # half of a pair, which JSON can spell
+        raise PlanError(f"{shown(value)}: not a text that GGUF holds") from None
     return struct.pack("<Q", len(data)) + data
 
 

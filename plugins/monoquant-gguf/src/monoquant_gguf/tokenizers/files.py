@@ -92,7 +92,10 @@ class Files:
         """
         found: dict[int, tuple[str, bool]] = {}
         decoder = self.config.get("added_tokens_decoder")
-        entries = [{**v, "id": int(k)} for k, v in decoder.items()] if isinstance(decoder, dict) else []
+        entries: list[Any] = []
+        for key, value in decoder.items() if isinstance(decoder, dict) else ():
+            usable = isinstance(value, dict) and key.isascii() and key.isdigit() and len(key) < 12
+            entries.append({**value, "id": int(key)} if usable else value)
         listed = self.tokenizer.get("added_tokens")
         for entry in [*entries, *(listed if isinstance(listed, list) else [])]:
             index, text = (entry.get("id"), entry.get("content")) if isinstance(entry, dict) else (None, None)
@@ -118,16 +121,18 @@ class Files:
         if not isinstance(found, dict):
             return []
         if found.get("type") == "Sequence":
-            return [step for step in found.get(inner, ()) if isinstance(step, dict)]
+            steps = found.get(inner)
+            return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
         return [found]
 
     def template(self) -> list[str] | None:
         """What the post-processor puts around a text: token texts, and "" for the text; None if it has no say."""
         for step in self.steps("post_processor", "processors"):
             if step.get("type") == "TemplateProcessing" and isinstance(step.get("single"), list):
-                return [str(p.get("SpecialToken", {}).get("id", "")) for p in step["single"] if isinstance(p, dict)]
+                tokens = [p.get("SpecialToken") for p in step["single"] if isinstance(p, dict)]
+                return [str(t.get("id", "")) if isinstance(t, dict) else "" for t in tokens]
             if step.get("type") in ("BertProcessing", "RobertaProcessing"):
-                return [str(step["cls"][0]), "", str(step["sep"][0])]
+                return ["cls", "", "sep"]
         return None
 
 

@@ -53,30 +53,38 @@ def _divide(x: torch.Tensor, by: float) -> torch.Tensor:
 
 
 def _steps(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """``x * factor``; minus infinity for what is not finite."""
     steps = x * factor.unsqueeze(1)
     if not bool(factor.isfinite().all()):
         steps = torch.where(steps.isfinite(), steps, -torch.inf)
     return steps
 
 
-def _to_bytes(steps: torch.Tensor, low: int, high: int, none: int = 0) -> torch.Tensor:
-    """Truncated, within the codes' range; ``none`` for what is not finite."""
-    lost = steps.isinf()
-    steps = steps.trunc_().clamp_(low, high)
-    return steps.masked_fill_(lost, none).to(torch.int8)
+def _to_bytes(steps: torch.Tensor, factor: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """Truncated, within the codes' range; 0 for what is not finite."""
+    if not bool(factor.isfinite().all()):
+        steps = steps.masked_fill(steps.isinf(), 0.0)
+    return steps.clamp_(low, high).to(torch.int8)
+
+
+def _away_from_zero(steps: torch.Tensor) -> torch.Tensor:
+    """Moved so that truncation rounds, halves away from zero."""
+    return steps.add_(torch.full_like(steps, _HALF).copysign_(steps))
 
 
 def q8_0(x: torch.Tensor) -> Parts:
     """The largest magnitude becomes 127."""
     d = _divide(_magnitude(x), 127)
-    steps = _steps(x, inverse(d))
-    return Parts(_to_bytes(steps + steps.sign() * _HALF, -127, 127), d.to(torch.float16))
+    factor = inverse(d)
+    steps = _away_from_zero(_steps(x, factor))
+    return Parts(_to_bytes(steps, factor, -127, 127), d.to(torch.float16))
 
 
 def _symmetric(x: torch.Tensor, half: int) -> Parts:
     d = signed_extreme(x) / -half
-    steps = _steps(x, inverse(d)) + (half + 0.5)
-    return Parts(_to_bytes(steps, 0, 2 * half - 1) - half, d.to(torch.float16))
+    factor = inverse(d)
+    steps = _steps(x, factor).add_(half + 0.5)
+    return Parts(_to_bytes(steps, factor, 0, 2 * half - 1).sub_(half), d.to(torch.float16))
 
 
 def q4_0(x: torch.Tensor) -> Parts:
@@ -92,8 +100,9 @@ def q5_0(x: torch.Tensor) -> Parts:
 def _range(x: torch.Tensor, levels: int) -> Parts:
     low = smallest(x)
     d = _divide(x.amax(1) - low, levels) + 0.0
-    steps = _steps(x - low.unsqueeze(1), inverse(d)) + 0.5
-    codes = _to_bytes(steps, 0, levels).view(torch.uint8)
+    factor = inverse(d)
+    steps = _steps(x - low.unsqueeze(1), factor).add_(0.5)
+    codes = _to_bytes(steps, factor, 0, levels).view(torch.uint8)
     return Parts(codes, d.to(torch.float16), dmin=low.to(torch.float16))
 
 
@@ -110,8 +119,9 @@ def q5_1(x: torch.Tensor) -> Parts:
 def ternary(x: torch.Tensor) -> Parts:
     """Nearest of -1, 0 and 1 times the largest magnitude."""
     d = _magnitude(x)
-    steps = _steps(x, inverse(d))
-    return Parts(_to_bytes(steps + steps.sign() * _HALF, -1, 1), d.to(torch.float16))
+    factor = inverse(d)
+    steps = _away_from_zero(_steps(x, factor))
+    return Parts(_to_bytes(steps, factor, -1, 1), d.to(torch.float16))
 
 
 #: halfway between the magnitudes of e2m1, in halves of its unit

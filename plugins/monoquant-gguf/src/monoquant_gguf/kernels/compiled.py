@@ -24,8 +24,14 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _jit(function: _Function) -> _Function:
-    compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=False, boundscheck=False)(function)
-    return cast("_Function", compiled)
+    def compiled(*, cache: bool) -> _Function:
+        made = numba.njit(nogil=True, cache=cache, error_model="numpy", fastmath=False, boundscheck=False)(function)
+        return cast("_Function", made)
+
+    try:
+        return compiled(cache=True)
+    except RuntimeError:  # numba finds no folder that it may write to: it compiles in every process then
+        return compiled(cache=False)
 
 
 def symmetric(x: torch.Tensor, weights: torch.Tensor | None, half: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -160,7 +160,10 @@ def compute(
         _scan([work], rows, workers, lambda _: None)
         tasks = [(work, r) for r in work.ranges]
         made = workers.map(lambda item, scratch: _owned(rows.make(item, scratch)[0]), tasks)
-    return join(made, step.placed.output.shape)
+    try:
+        return join(made, step.placed.output.shape)
+    except EncodingError as exc:
+        raise CheckError(f"{source.info.name}: {work.name}: {exc}", hint=_keep(work)) from exc
 
 
 def find_device(name: str) -> torch.device:
@@ -351,12 +354,10 @@ class _RowWorker:
             where = _element(work.step.placed.output.shape, rows, exc.index)
             raise CheckError(
                 f"{self.source.info.name}: {work.name}{where} {exc.reason}",
-                hint=f"leave it as it is: --keep '{work.name}'",
+                hint=_keep(work),
             ) from exc
         except EncodingError as exc:
-            raise CheckError(
-                f"{self.source.info.name}: {work.name}: {exc}", hint=f"leave it as it is: --keep '{work.name}'"
-            ) from exc
+            raise CheckError(f"{self.source.info.name}: {work.name}: {exc}", hint=_keep(work)) from exc
         except QuantizationError as exc:
             if self.source.info.name in str(exc):
                 raise
@@ -372,7 +373,7 @@ class _RowWorker:
         where = _element(work.step.placed.output.shape, rows, index)
         return QuantizationError(
             f"{self.source.info.name}: {work.name}{where} is {value.reshape(-1)[index].item()}{reason}",
-            hint=hint or f"leave it as it is: --keep '{work.name}' (with --nonfinite allow for NaN and infinity)",
+            hint=hint or f"{_keep(work)} (with --nonfinite allow for NaN and infinity)",
         )
 
 
@@ -402,7 +403,7 @@ class _Store:
         if not _same(value, back):
             raise CheckError(
                 f"{self.info.name}: {work.name}: packed as {placed.held.layout}, it does not unpack to the same bits",
-                hint=f"leave it as it is: --keep '{work.name}'",
+                hint=_keep(work),
             )
         for name, tensor in packed.items():
             place = parts[name]
@@ -634,6 +635,10 @@ def _element(shape: tuple[int, ...], rows: range, index: int | None) -> str:
         flat, inside = divmod(flat, extent)
         place.append(inside)
     return f"[{', '.join(map(str, reversed(place)))}]" if shape else ""
+
+
+def _keep(work: _Work) -> str:
+    return f"leave it as it is: --keep '{work.name}'"
 
 
 def _same(a: Rows, b: Rows) -> bool:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from monoquant_safetensors import plugin
 from monoquant_safetensors.exporter import SafetensorsExporter
 from monoquant_safetensors.plugin import SafetensorsOptions
 from safetensors.torch import load_file
 
 from monoquant_core.declarations import SourceDeclaration
-from monoquant_core.model import ModelInfo
+from monoquant_core.encoding import Encoding, integer
+from monoquant_core.exporters import Holds
+from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.plugins import load_registry
-from monoquant_core.rows import all_rows
+from monoquant_core.rows import all_rows, quantum
+from monoquant_core.schemes import Proposal
 from monoquant_core.sources import open_source
 from monoquant_core.tensor import QuantizedTensor
 from monoquant_core.testing import ExporterConformance, PluginConformance
+from monoquant_core.testing.samples import ENCODINGS, quantized, take_rows
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 
@@ -103,6 +110,44 @@ class TestGenericFolder(TestGenericFile):
     @pytest.fixture
     def exporter(self):
         return SafetensorsExporter(SafetensorsOptions(convention="generic", max_shard_size="20KB"))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    convention=st.sampled_from(["generic", "compressed-tensors"]),
+    encoding=st.sampled_from(sorted(ENCODINGS)),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    shape=st.tuples(st.integers(1, 70), st.sampled_from([64, 96, 128, 160, 33])),
+    cut=st.integers(1, 69),
+    seed=st.integers(0, 99),
+)
+def test_pieces_fill_the_places_of_the_whole(convention, encoding, bits, symmetric, shape, cut, seed):
+    """Packed in two chunks, the bytes are those of packing at once, and each chunk unpacks to itself."""
+    spec = TensorSpec("a.weight", shape, "float32", kind="linear")
+    exporter = SafetensorsExporter(SafetensorsOptions(convention)).resolve([spec], ModelInfo("sample", CONFIG))
+    chosen = ENCODINGS[encoding]
+    if convention == "compressed-tensors":  # whose encodings are a few; all widths of them
+        element = integer(bits, signed=symmetric)
+        chosen = Encoding(element, (1, 32), "float32", zero_point=None if symmetric else element)
+    (out,) = exporter.outputs([spec], ModelInfo("sample"))
+    held = exporter.verdict(out, Proposal(chosen))
+    assume(isinstance(held, Holds))
+    whole = quantized(chosen, shape, seed)
+    parts = exporter.parts(out, held)
+    step = math.lcm(quantum(shape, chosen, tensor_wide=True), *(p.rows for p in parts if p.per == "rows"))
+    at = min(cut // step * step, shape[0])
+    assume(0 < at < shape[0])
+    expected = exporter.pack(whole, out, held, 0)
+    assert exporter.unpack(expected, out, held, 0).equal(whole)
+    for rows in (range(at), range(at, shape[0])):
+        chunk = take_rows(whole, rows)
+        packed = dict(exporter.pack(chunk, out, held, rows.start))
+        assert exporter.unpack(packed, out, held, rows.start).equal(chunk)
+        for part in parts:
+            first, nbytes = part.span(shape[0], rows)
+            data = expected[part.name].reshape(-1).view(torch.uint8)[first : first + nbytes]
+            assert torch.equal(packed[part.name].reshape(-1).view(torch.uint8), data), part.name
 
 
 def test_sources_are_declared():

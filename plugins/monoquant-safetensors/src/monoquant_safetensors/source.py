@@ -176,15 +176,19 @@ class GenericSource(FinishedSource):
 
     exporter = GenericExporter(0)
 
+    def shares_storage(self, name: str, other: str) -> bool:
+        """Whether two tied names are one tensor of the file, so that they need not be compared."""
+        return self._ties.get(name) == other or self._ties.get(other) == name
+
     def _describe(self) -> list[TensorSpec]:
         found: dict[str, TensorSpec] = {}
         used: dict[str, str] = {}
-        ties: dict[str, str] = {}
+        self._ties: dict[str, str] = {}
         for path, header in self.headers.items():
             if KEY not in header.metadata:
                 continue
             described, tied = _described(path, header.metadata[KEY])
-            ties |= tied
+            self._ties |= tied
             for name, (encoding, dtype, shape, activation) in described.items():
                 out, held = Output(name, shape, dtype, (name,)), Holds(LAYOUT, encoding)
                 parts = tuple(self.exporter.parts(out, held))
@@ -203,11 +207,11 @@ class GenericSource(FinishedSource):
             for name, entry in self.entries.items()
             if name not in used or used[name] in found
         ]
-        return [*specs, *self._tied_specs(specs, ties)]
+        return [*specs, *self._tied_specs(specs)]
 
-    def _tied_specs(self, specs: Sequence[TensorSpec], ties: Mapping[str, str]) -> Iterator[TensorSpec]:
+    def _tied_specs(self, specs: Sequence[TensorSpec]) -> Iterator[TensorSpec]:
         known = {spec.name: spec for spec in specs}
-        for name, first in ties.items():
+        for name, first in self._ties.items():
             if name in known or first not in known:
                 raise SourceError(f"{self._at(name)}: cannot be tied to {shown(first)}")
             if first in self._stored:

@@ -358,6 +358,11 @@ GENERIC = {
         lambda d: d["tensors"].update({"c.weight": d["tensors"]["a.weight"]}),
         "c.weight.codes'?: missing",
     ),
+    "tied to a number": (lambda d: d.update(ties={"c": 3}), "a tensor's name is a string, got 3"),
+    "a name that clears the screen": (
+        lambda d: d["tensors"].update({"\x1b[2J": d["tensors"]["a.weight"]}),
+        "impossible tensor name",
+    ),
     "tied to nothing": (lambda d: d.update(ties={"c": "d"}), "cannot be tied to 'd'"),
     "table of another": (
         lambda d: d["encodings"][0].update(element={"name": "int4", "bits": 5, "kind": "int", "signed": True}),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from monoquant_core import kinds
 from monoquant_core.containers import folder as folders
-from monoquant_core.containers.entries import TensorEntry, parse_json, shown, tensor_at
+from monoquant_core.containers.entries import TensorEntry, check_name, parse_json, shown, tensor_at
 from monoquant_core.containers.reader import FileReader
 from monoquant_core.containers.safetensors import read_header
 from monoquant_core.encoding import FLOAT_BITS, ActivationQuant, Encoding
@@ -435,8 +435,8 @@ def _described(path: Path, text: str) -> tuple[dict[str, _Described], dict[str, 
     encodings, tensors, ties = (data.get(key) for key in ("encodings", "tensors", "ties"))
     if not (isinstance(encodings, list) and isinstance(tensors, dict) and isinstance(ties, dict)):
         raise SourceError(f"{where}: encodings, tensors and ties expected, got {sorted(data)}")
-    if not all(isinstance(first, str) for first in ties.values()):
-        raise SourceError(f"{where}: ties are names, got {shown(ties)}")
+    for name in (*tensors, *ties, *ties.values()):
+        check_name(path, name)
     try:
         known = [Encoding.from_dict(item) for item in encodings]
     except EncodingError as exc:

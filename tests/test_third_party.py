@@ -246,3 +246,28 @@ def test_the_kit_names_what_is_installed(tmp_path: Path) -> None:
     done = monoquant(tmp_path, "conformance", "nothing")
     assert done.returncode == 2
     assert "error: no plugin 'nothing'; installed: " in done.stderr
+
+
+def test_its_own_tests_can_use_the_kit(installed: Path, tmp_path: Path) -> None:
+    """As docs/plugins/testing.md says: a line in conftest.py, and a class."""
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["monoquant_core.testing.plugin"]\n')
+    (tmp_path / "test_conformance.py").write_text(
+        """
+import pytest
+from monoquant_core.testing import QuantizerConformance
+from their_ternary import TernaryOptions, TernaryQuantizer
+
+class TestTernary(QuantizerConformance):
+    @pytest.fixture(params=[32, 64])
+    def quantizer(self, request):
+        return TernaryQuantizer(TernaryOptions(group_size=request.param))
+
+def test_registry(monoquant_registry):
+    assert "ternary" in monoquant_registry.schemes
+"""
+    )
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout

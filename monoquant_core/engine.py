@@ -60,7 +60,7 @@ from monoquant_core.rows import chunks, quantum, row_count, row_length
 from monoquant_core.schemes import Context
 from monoquant_core.scratch import Scratch
 from monoquant_core.stats import TensorStats
-from monoquant_core.tensor import QuantizedTensor, dtype_name, dtype_of, same_bits
+from monoquant_core.tensor import QuantizedTensor, as_bytes, dtype_name, dtype_of, same_bits
 
 DEVICE_CHUNKS = 64  #: a task for an accelerator is this many times larger
 POLL_SECONDS = 0.1  #: between looks at the threads: for progress, and for signals
@@ -436,7 +436,7 @@ class _Store:
         return packed, work.shared.result()
 
     def _write(self, file: int, offset: int, tensor: torch.Tensor) -> None:
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        data = as_bytes(tensor.cpu()).numpy().data
         if self.workers.stopped.is_set():  # the files may be gone
             raise _Stopped
         self.out.write_at(file, offset, data)

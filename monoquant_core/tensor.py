@@ -117,10 +117,17 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if a.is_set_to(b) and a.is_conj() == b.is_conj() and a.is_neg() == b.is_neg():
         return True
-    x, y = _bytes(a), _bytes(b)
+    x, y = as_bytes(a), as_bytes(b)
     if not (x.storage_offset() % 8 or y.storage_offset() % 8 or x.numel() % 8):
         x, y = x.view(torch.int64), y.view(torch.int64)  # ten times faster than as bytes
     return torch.equal(x, y)
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """The memory of a tensor, uint8 ``[nbytes]``, in the order of its elements; a copy only where it has gaps."""
+    x = x.detach().resolve_conj().resolve_neg().contiguous()
+    # Not view(-1): a single element counts as contiguous with any stride, and keeps it.
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -139,10 +146,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 @functools.lru_cache(maxsize=64)
 def _table(element: ElementType, device: str) -> torch.Tensor:
     return torch.tensor(element.table, dtype=torch.float32, device=device)
-
-
-def _bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _blockwise(

@@ -112,7 +112,7 @@ def test_never_worse_than_nearest(array: np.ndarray[Any, Any], bits: int, symmet
     encoding = Encoding(element, (1, group), "float32", zero_point=None if symmetric else element)
     x = torch.from_numpy(array)
     nearest, searched = error(x, run(x, encoding, "nearest")), error(x, run(x, encoding))
-    assert searched <= nearest * (1 + 1e-4) + 1e-6 * float(x.square().sum())
+    assert searched <= nearest * (1 + 1e-4) + 1e-6 * float(x.double().square().sum())
 
 
 def test_grids_are_found_again() -> None:

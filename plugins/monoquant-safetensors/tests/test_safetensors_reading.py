@@ -300,6 +300,7 @@ REFUSED = {
     "no groups": (lambda t, c: c.update(config_groups={}), "config_groups is {}"),
     "preset": (lambda t, c: c.update(config_groups={"W4A16": ["Linear"]}), "no group with targets"),
     "untargeted": (lambda t, c: group(c).update(targets=["re:.*other"]), "no config group of config.json targets"),
+    "slow expression": (lambda t, c: group(c).update(targets=["re:(a+)+$"]), "too intricate an expression"),
     "bad expression": (lambda t, c: group(c).update(targets=["re:("]), "not a regular expression"),
     "floats beside a scale": (
         lambda t, c: t.update({"x.weight": torch.ones(2, 2), "x.weight_scale": torch.ones(2, 1)}),

@@ -383,6 +383,10 @@ class _Groups:
         raise SourceError(f"{where}: quantized, and no config group of {self.path.name} targets module {module!r}")
 
     def _compile(self, target: str) -> re.Pattern[str]:
+        # Names of layers need no repeated groups, and those can take a time exponential in the length of a name.
+        repeats = target.count("*") + target.count("+") + target.count("{")
+        if len(target) > 1000 or repeats > 8 or re.search(r"(?<!\\)\)[*+{]", target):
+            raise SourceError(f"{self.path}: target {shown(target)} is too intricate an expression to match safely")
         try:
             return re.compile(target.removeprefix("re:"))
         except re.error as exc:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from monoquant_core.encoding import ElementType, Encoding, Param, param_shape
-from monoquant_core.metrics import SEGMENT, Energies
+from monoquant_core.metrics import Energies
 from monoquant_core.reencode import flattened, run_length
 from monoquant_core.scratch import Scratch
 from monoquant_core.tensor import ParamValue, QuantizedTensor, decode, expand, param_values
@@ -30,6 +30,7 @@ _INTEGERS = {
 }
 
 _ROUNDING = 2.0**-21  #: of the few float32 operations between an element and its code, relative to the largest level
+_SEGMENT = 1 << 20  #: elements whose float32 sum of squares is exact enough, about six digits
 _TINY = 1e-25  #: sums of squares below this may have lost numbers whose squares are no float32
 
 
@@ -111,9 +112,12 @@ def square_sum(values: torch.Tensor, peak: float = math.inf) -> float:
     """
     if peak == 0:
         return 0.0
-    flat = values.reshape(-1)
-    total = sum(float(torch.dot(s, s)) for s in _segments(flat))
-    if _TINY < total < math.inf or not flat.numel():
+    flat = values.view(-1) if values.is_contiguous() else values.reshape(-1)
+    if len(flat) <= _SEGMENT:
+        total = float(torch.dot(flat, flat))
+    else:
+        total = sum(float(torch.dot(s, s)) for s in _segments(flat))
+    if _TINY < total < math.inf or not len(flat):
         return total
     return sum(float(s.cpu().double().square().sum()) for s in _segments(flat))
 
@@ -318,4 +322,4 @@ def _table(element: ElementType, what: str, device: str) -> torch.Tensor:
 
 
 def _segments(flat: torch.Tensor) -> list[torch.Tensor]:
-    return [flat[i : i + SEGMENT] for i in range(0, len(flat), SEGMENT)]
+    return [flat[i : i + _SEGMENT] for i in range(0, len(flat), _SEGMENT)]

@@ -225,18 +225,18 @@ def killed(base, mode, kind, count):
     commit._renameat2 = exchanges
     return seen
 
-cases = [("moment", "file", 15), ("moment", "folder", 15)]
+cases = [("moment", "file", 15), ("moment", "folder", 30)]
 cases += [("call", kind, 300) for kind in ("file", "folder", "folder without exchange")]
 print(json.dumps([killed(Path(sys.argv[2]) / str(i), *case) for i, case in enumerate(cases)]))
 """
 
 
 def test_kill_9_leaves_the_old_output_or_the_new_one(tmp_path: Path) -> None:
-    """At thirty random moments, and then at every call that changes something, over a file and over a folder."""
+    """At random moments, thirty of them over a folder, and then at every call that changes something."""
     done = subprocess.run([sys.executable, "-c", KILLS, str(HERE), str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     moments, calls = (found := json.loads(done.stdout))[:2], found[2:]
-    assert [len(seen) for seen in moments] == [15, 15]
+    assert [len(seen) for seen in moments] == [15, 30]
     assert {outcome for seen in moments for outcome in seen} <= {"old", "new"}
     for seen in calls:
         assert seen[0] == "old"

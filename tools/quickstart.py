@@ -88,10 +88,8 @@ def main() -> int:
                 f"{report['peak_bytes'] / 1e6:.0f} MB",
             )
         )
-    print(
-        f"\n{len(SENTENCES)} sentences, mean pooling. Time, without start-up, and memory as the quantizing process measured them;"
-    )
-    print(f"{reports[0]['start_bytes'] / 1e6:.0f} MB of the memory are Python and torch.\n")
+    print(f"\n{len(SENTENCES)} sentences, mean pooling. Time, without start-up, and memory as the quantizing process")
+    print(f"measured them; {reports[0]['start_bytes'] / 1e6:.0f} MB of the memory are Python and torch.\n")
     table(rows)
     print(
         "\nEmbedding tables stay in float32, because transformers loads no quantized ones, and are half of this model."

@@ -7,6 +7,7 @@ this module imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from monoquant_core.scratch import Scratch
-    from monoquant_core.tensor import QuantizedTensor
+    from monoquant_core.tensor import ParamValue, QuantizedTensor
 
 #: what a quantized module has in a file beside, or in place of, its weight
 _WEIGHT_TENSORS = tuple(
@@ -128,8 +129,11 @@ class FinishedSource(SafetensorsSource):
         if stored is None:
             return super().read(name, rows, scratch, slot=slot)
         total = row_count(stored.out.shape)
+        # A record of a part may cover more rows than were asked for: zero points of several rows share a word.
+        unit = math.lcm(*(part.rows for part in stored.parts if part.per == "rows"))
+        whole = range(rows.start // unit * unit, min(total, -(-rows.stop // unit) * unit))
         parts = {
-            part.name: self._piece(part.name, *part.span(total, rows), scratch, f"{slot}.{i}")
+            part.name: self._piece(part.name, *part.span(total, whole), scratch, f"{slot}.{i}")
             for i, part in enumerate(stored.parts)
         }
         if stored.zeros and bool(self._piece(stored.zeros, 0, self.entries[stored.zeros].nbytes, None, "").any()):
@@ -137,7 +141,8 @@ class FinishedSource(SafetensorsSource):
                 f"{self._at(stored.zeros)}: zero points other than zero, and config.json calls the weight symmetric"
             )
         try:
-            return self.exporter.unpack(parts, stored.out, stored.held, rows.start)
+            tensor = self.exporter.unpack(parts, stored.out, stored.held, whole.start)
+            return tensor if whole == rows else _rows_of(tensor, rows, whole)
         except EncodingError as exc:
             raise SourceError(f"{self._at(name)}: {exc}") from exc
 
@@ -166,6 +171,19 @@ class FinishedSource(SafetensorsSource):
 
     def _nbytes(self, parts: Sequence[Part]) -> int:
         return sum(self.entries[part.name].nbytes for part in parts)
+
+
+def _rows_of(value: ParamValue, rows: range, whole: range) -> ParamValue:
+    """Some of the rows of a matrix, whose parameters belong to one row each or to all of them."""
+    from monoquant_core.tensor import QuantizedTensor
+
+    if value.shape[0] != len(whole):
+        return value
+    part = slice(rows.start - whole.start, rows.stop - whole.start)
+    if not isinstance(value, QuantizedTensor):
+        return value[part]
+    params = {label: _rows_of(param, rows, whole) for label, param in value.params().items()}
+    return QuantizedTensor(value.encoding, value.codes[part], **params)
 
 
 class GenericSource(FinishedSource):

@@ -32,10 +32,6 @@ $(VENV)/.installed: $(REQUIREMENTS)
 	@$(PIP) install -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed
-	@$(PIP) install -r requirements-bench.txt
-	@touch $@
-
 quickstart: setup
 	@$(BIN)/python tools/quickstart.py
 
@@ -45,7 +41,7 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/.installed-bench
+bench: setup
 	$(BIN)/python -m benchmarks
 
 # Each wheel is built from its sdist, which shows that the sdist is complete.

@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 
 import torch
-from monoquant_core.engine import compute
 
 import monoquant_core as mq
 from benchmarks import peers
 from benchmarks.kernels import one_thread
 from benchmarks.results import Gate, Section, Table
+from monoquant_core.engine import compute
 from monoquant_core.rows import all_rows
 from monoquant_core.tensor import QuantizedTensor
 

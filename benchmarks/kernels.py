@@ -173,7 +173,7 @@ def _gates(kernel: Kernel, label: str, numel: int, times: Mapping[str, Timing]) 
             best, median = theirs.best / ours.best, theirs.median / ours.median
             gates.append(Gate(title, bound, "at least", "x", best, median))
         else:
-            gates.append(Gate(title, bound, "at least", "x", None, reason=f"no {what}: requirements-bench.txt"))
+            gates.append(Gate(title, bound, "at least", "x", None, reason=f"no {what}: requirements-dev.txt"))
 
     if kernel.memcpy:
         against("memcpy", "memcpy", kernel.memcpy[label])

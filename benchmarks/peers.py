@@ -62,5 +62,5 @@ COMPRESSED_TENSORS: dict[str, Run] = {
     "int4": _compressor("pack-quantized", INT4),
     "fp8": _compressor("float-quantized", FP8),
 }
-#: what torchao has; empty where it is not installed (requirements-bench.txt)
+#: what torchao has; empty where it is not installed (requirements-dev.txt)
 TORCHAO = _torchao()

@@ -122,7 +122,7 @@ def absmax_scale(
         raise QuantizationError(
             f"{context.spec.name}: values of magnitude {float(magnitude[lost][0]):.3g} need a scale that {dtype} "
             "cannot hold",
-            hint=f"choose a format with bfloat16 or float32 scales, or {_keep(context)}",
+            hint=f"use {'float32' if dtype == 'bfloat16' else 'bfloat16 or float32'} scales, or {_keep(context)}",
         )
     power = power_of_two(magnitude)  # so that products of subnormal numbers do not lose the fraction that decides
     short = magnitude / power > held / power * (largest + beyond)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from monoquant_core.encoding import ElementType, Encoding, Param, param_shape
-from monoquant_core.metrics import SEGMENT, Energies
+from monoquant_core.metrics import Energies
 from monoquant_core.reencode import flattened, run_length
 from monoquant_core.scratch import Scratch
 from monoquant_core.tensor import ParamValue, QuantizedTensor, decode, expand, param_values
@@ -30,6 +30,8 @@ _INTEGERS = {
 }
 
 _ROUNDING = 2.0**-21  #: of the few float32 operations between an element and its code, relative to the largest level
+_SEGMENT = 1 << 20  #: elements whose float32 sum of squares is exact enough, about six digits
+_SMALL = 1e-36  #: squares of float32 values above this are float32 values of full precision
 _TINY = 1e-25  #: sums of squares below this may have lost numbers whose squares are no float32
 
 
@@ -63,21 +65,25 @@ def check_quantized(
     if not x.numel():
         return Energies()
     _check_codes(q)
-    columns, zero_point = _columns(q), q.encoding.zero_point
+    columns = _columns(q)
     source = x.view(-1, columns.run)
-    values = _decoded(q, columns, scratch)
-    error = torch.sub(source, values, out=values)
-    worst = torch.maximum(error.amax(1), error.amin(1).neg_())
-    peak = float(worst.amax())
-    if not math.isfinite(peak):  # also where a parameter is not finite, whatever the codes
-        raise Mismatch("does not decode to a finite value", first_nonfinite(error))
-    noise = square_sum(error, peak)
-    exact_zero = q.encoding.offset is None and (zero_point is None or isinstance(zero_point, ElementType))
-    if keeps_zero and not (nearest and exact_zero):  # else the nearest code to zero is that of zero
-        moved = (source == 0) & (error != 0)
-        if bool(moved.any()):
-            raise Mismatch("is zero and does not stay zero", int(moved.view(-1).to(torch.uint8).argmax()))
-    if not (nearest and _clearly_near(q, columns, worst)):
+    # Squares, because one pass over them finds the largest and another one the sum.
+    square = _error(source, q, columns, scratch).square_()
+    worst = square.amax(1)
+    noise, peak = float(square.sum()), float(worst.amax())
+    near = False
+    if _TINY < noise < math.inf:
+        peak = math.sqrt(peak)
+        near = nearest and _clearly_near(q, columns, worst)
+    else:  # the squares are no float32, or the values are not finite, or every value is exact
+        error = _error(source, q, columns, scratch)
+        peak = max(float(error.amax()), -float(error.amin()))
+        if not math.isfinite(peak):  # also where a parameter is not finite, whatever the codes
+            raise Mismatch("does not decode to a finite value", first_nonfinite(error))
+        noise = square_sum(error, peak)
+    if keeps_zero and not (nearest and _has_exact_zero(q.encoding)):  # else the nearest code to zero is that of zero
+        _check_zeros(source, q, columns, scratch)
+    if not near and peak > 0:
         _check_lost(source, columns)
         if nearest:
             _check_nearest(source, q, columns, scratch)
@@ -111,9 +117,12 @@ def square_sum(values: torch.Tensor, peak: float = math.inf) -> float:
     """
     if peak == 0:
         return 0.0
-    flat = values.reshape(-1)
-    total = sum(float(torch.dot(s, s)) for s in _segments(flat))
-    if _TINY < total < math.inf or not flat.numel():
+    flat = values.view(-1) if values.is_contiguous() else values.reshape(-1)
+    if len(flat) <= _SEGMENT:
+        total = float(torch.dot(flat, flat))
+    else:
+        total = sum(float(torch.dot(s, s)) for s in _segments(flat))
+    if _TINY < total < math.inf or not len(flat):
         return total
     return sum(float(s.cpu().double().square().sum()) for s in _segments(flat))
 
@@ -178,6 +187,15 @@ def _decoded(q: QuantizedTensor, columns: _Columns, scratch: Scratch) -> torch.T
     return values if columns.offset is None else values.add_(columns.offset)
 
 
+def _error(source: torch.Tensor, q: QuantizedTensor, columns: _Columns, scratch: Scratch) -> torch.Tensor:
+    """``source - q.dequantize()``, up to a last bit, in the check's buffer."""
+    if columns.offset is not None:
+        values = _decoded(q, columns, scratch)
+        return torch.sub(source, values, out=values)
+    levels = _levels(q, columns, scratch)
+    return torch.addcmul(source, levels, columns.scale, value=-1, out=levels)  # one pass in place of two
+
+
 def _look_up(table: torch.Tensor, codes: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     index = scratch.take("check.index", (codes.numel(),), torch.int64, codes.device)
     index.view(codes.shape).copy_(codes)
@@ -194,6 +212,16 @@ def _check_lost(source: torch.Tensor, columns: _Columns) -> None:
             raise Mismatch("is not zero, and its block got a zero scale", int(lost.view(-1).to(torch.uint8).argmax()))
 
 
+def _has_exact_zero(encoding: Encoding) -> bool:
+    return encoding.offset is None and (encoding.zero_point is None or isinstance(encoding.zero_point, ElementType))
+
+
+def _check_zeros(source: torch.Tensor, q: QuantizedTensor, columns: _Columns, scratch: Scratch) -> None:
+    moved = (source == 0) & (_decoded(q, columns, scratch) != 0)
+    if bool(moved.any()):
+        raise Mismatch("is zero and does not stay zero", int(moved.view(-1).to(torch.uint8).argmax()))
+
+
 def _check_codes(q: QuantizedTensor) -> None:
     low, high = q.encoding.codes_range
     limits = torch.iinfo(q.codes.dtype)
@@ -205,12 +233,16 @@ def _check_codes(q: QuantizedTensor) -> None:
 
 
 def _clearly_near(q: QuantizedTensor, columns: _Columns, worst: torch.Tensor) -> bool:
-    """Whether no element of a uniform encoding is further than half a step, which decides most chunks."""
+    """Whether no element of a uniform encoding is further than half a step, which decides most chunks.
+
+    :param worst: largest squared error of each block, or of each element.
+    """
     if q.encoding.element.table is not None:
         return False
     low, high = q.encoding.codes_range
-    bound = columns.scale.abs().mul_(0.5 + (high - low + 1) * _ROUNDING / 2)
-    return bool((worst <= bound.view(-1)).all())
+    bound, scale = 0.5 + (high - low + 1) * _ROUNDING / 2, columns.scale.view(-1)
+    # Not where the squares of scales are so small that they say nothing.
+    return float(torch.addcmul(worst, scale, scale, value=-bound * bound).amax()) < -_SMALL
 
 
 def _check_nearest(source: torch.Tensor, q: QuantizedTensor, columns: _Columns, scratch: Scratch) -> None:
@@ -318,4 +350,4 @@ def _table(element: ElementType, what: str, device: str) -> torch.Tensor:
 
 
 def _segments(flat: torch.Tensor) -> list[torch.Tensor]:
-    return [flat[i : i + SEGMENT] for i in range(0, len(flat), SEGMENT)]
+    return [flat[i : i + _SEGMENT] for i in range(0, len(flat), _SEGMENT)]

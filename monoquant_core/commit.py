@@ -94,8 +94,10 @@ class Destination:
 
     def write_at(self, file: int, offset: int, data: memoryview) -> None:
         """Write bytes into the file of the plan of this index. Safe to call from several threads."""
-        with _os_errors(self.path):
+        try:
             self._files[file].write_at(offset, data)
+        except OSError as exc:
+            raise _output_error(self.path, exc) from exc
 
     def commit(self) -> list[str]:
         """Make everything durable and give it its name.
@@ -344,7 +346,11 @@ def _os_errors(shown: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise OutputError(f"{shown}: cannot be written: {_reason(exc)}", hint=_HINTS.get(exc.errno or 0, "")) from exc
+        raise _output_error(shown, exc) from exc
+
+
+def _output_error(shown: Path, exc: OSError) -> OutputError:
+    return OutputError(f"{shown}: cannot be written: {_reason(exc)}", hint=_HINTS.get(exc.errno or 0, ""))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import struct
@@ -325,6 +326,7 @@ class ActivationQuant:
             raise EncodingError(f"activation: granularity and dynamic expected, got keys {sorted(data)}") from None
 
 
+@functools.lru_cache(maxsize=1024)
 def param_shape(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of a per-block parameter; a last, shorter block counts as one.
 

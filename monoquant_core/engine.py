@@ -7,13 +7,12 @@ arrive, in :meth:`_Workers.map`, and read where the tasks of a run are listed.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from monoquant_core.errors import (
     CheckError,
     DeviceError,
     EncodingError,
+    MonoquantError,
     PlanError,
     QuantizationError,
 )
@@ -60,7 +60,7 @@ from monoquant_core.rows import chunks, quantum, row_count, row_length
 from monoquant_core.schemes import Context
 from monoquant_core.scratch import Scratch
 from monoquant_core.stats import TensorStats
-from monoquant_core.tensor import QuantizedTensor, dtype_name, dtype_of, same_bits
+from monoquant_core.tensor import QuantizedTensor, as_bytes, dtype_name, dtype_of, same_bits
 
 DEVICE_CHUNKS = 64  #: a task for an accelerator is this many times larger
 POLL_SECONDS = 0.1  #: between looks at the threads: for progress, and for signals
@@ -117,9 +117,12 @@ def write(
         meter = _Meter("write", tasks, tell)
 
         def task(item: _Task, scratch: Scratch) -> Energies:
-            with item[0].telling_others(item[1]):
+            try:
                 value, found = rows.make(item, scratch)
                 store.put(item, value)
+            except BaseException as exc:
+                item[0].tell_others(item[1], exc)
+                raise
             return found
 
         measured = workers.map(task, tasks, meter.finished)
@@ -160,7 +163,10 @@ def compute(
         _scan([work], rows, workers, lambda _: None)
         tasks = [(work, r) for r in work.ranges]
         made = workers.map(lambda item, scratch: _owned(rows.make(item, scratch)[0]), tasks)
-    return join(made, step.placed.output.shape)
+    try:
+        return join(made, step.placed.output.shape)
+    except EncodingError as exc:
+        raise CheckError(f"{source.info.name}: {work.name}: {exc}", hint=_keep(work)) from exc
 
 
 def find_device(name: str) -> torch.device:
@@ -215,15 +221,10 @@ class _Work:
         """Whether a first pass must tell the largest magnitude."""
         return self.step.action == "quantize" and "absmax" in self.needs
 
-    @contextlib.contextmanager
-    def telling_others(self, rows: range) -> Iterator[None]:
-        """Let the tasks that wait for the first one know when it failed."""
-        try:
-            yield
-        except BaseException as exc:
-            if rows.start == 0 and self.shared is not None and not self.shared.done():
-                self.shared.set_exception(exc)
-            raise
+    def tell_others(self, rows: range, failure: BaseException) -> None:
+        """Let the tasks that wait for the first one know that it failed."""
+        if rows.start == 0 and self.shared is not None and not self.shared.done():
+            self.shared.set_exception(failure)
 
     def _importance(self, device: torch.device) -> torch.Tensor | None:
         importance = self.stats.importance if self.stats is not None else None
@@ -244,6 +245,14 @@ class _Place(NamedTuple):
     offset: int  #: of its first byte
     part: Part
     dtype: torch.dtype
+    record: int  #: bytes that ``part.rows`` rows of the output take; of a part per tensor, all of them
+
+    def span(self, rows: range) -> tuple[int, int]:
+        """As :meth:`Part.span`, which counts everything anew."""
+        if self.part.per == "tensor":
+            return 0, self.record
+        first = rows.start // self.part.rows
+        return first * self.record, (-(-rows.stop // self.part.rows) - first) * self.record
 
 
 class _RowWorker:
@@ -255,24 +264,32 @@ class _RowWorker:
     def make(self, task: _Task, scratch: Scratch) -> tuple[Rows, Energies]:
         """The rows of a task as they are stored, and how far they are from their source. Checked."""
         work, rows = task
-        with self._naming(work, rows):
+        try:
             value = read_rows(work.step, self.source, rows, scratch).to(self.device)
             if isinstance(value, QuantizedTensor):
                 return self._repacked(value, work)
             if work.step.action == "quantize":
                 return self._quantized(value, work, rows, scratch)
             return self._floats(value, work, rows, scratch)
+        except QuantizationError as exc:
+            if self.source.info.name in str(exc):
+                raise
+            raise QuantizationError(f"{self.source.info.name}: {exc}", hint=exc.hint) from exc
+        except (Mismatch, EncodingError, torch.OutOfMemoryError) as exc:
+            raise self._named(exc, work, rows) from exc
 
     def absmax(self, task: _Task, scratch: Scratch) -> float:
         """Largest magnitude of the rows of a task."""
         work, rows = task
-        with self._naming(work, rows):
+        try:
             value = read_rows(work.step, self.source, rows, scratch)
             assert isinstance(value, torch.Tensor)
             found = magnitude(value, scratch)
             if not math.isfinite(found):
                 raise self._refusal(value, first_nonfinite(value), work, rows, ", which no scheme can quantize")
-            return found
+        except EncodingError as exc:
+            raise self._named(exc, work, rows) from exc
+        return found
 
     def _quantized(self, value: torch.Tensor, work: _Work, rows: range, scratch: Scratch) -> tuple[Rows, Energies]:
         step, proposal, quantizer = work.step, work.step.placed.proposal, work.step.quantizer
@@ -346,29 +363,17 @@ class _RowWorker:
         source = scratch.take("engine.float", value.shape, torch.float32, value.device).copy_(value)
         return made, measure(source, scratch.take("check.values", value.shape, torch.float32, value.device).copy_(made))
 
-    @contextlib.contextmanager
-    def _naming(self, work: _Work, rows: range) -> Iterator[None]:
-        """Say of which tensor of which file an error is."""
-        try:
-            yield
-        except Mismatch as exc:
-            where = _element(work.step.placed.output.shape, rows, exc.index)
-            raise CheckError(
-                f"{self.source.info.name}: {work.name}{where} {exc.reason}",
-                hint=f"leave it as it is: --keep '{work.name}'",
-            ) from exc
-        except EncodingError as exc:
-            raise CheckError(
-                f"{self.source.info.name}: {work.name}: {exc}", hint=f"leave it as it is: --keep '{work.name}'"
-            ) from exc
-        except QuantizationError as exc:
-            if self.source.info.name in str(exc):
-                raise
-            raise QuantizationError(f"{self.source.info.name}: {exc}", hint=exc.hint) from exc
-        except torch.OutOfMemoryError as exc:
-            raise DeviceError(
-                f"{self.device}: out of memory for {work.name}", hint="fewer --threads, or another --device"
-            ) from exc
+    def _named(self, failure: Exception, work: _Work, rows: range) -> MonoquantError:
+        """The failure, saying of which tensor of which file it is."""
+        file = self.source.info.name
+        if isinstance(failure, Mismatch):
+            where = _element(work.step.placed.output.shape, rows, failure.index)
+            return CheckError(f"{file}: {work.name}{where} {failure.reason}", hint=_keep(work))
+        if isinstance(failure, torch.OutOfMemoryError):
+            return DeviceError(
+                f"{self.device}: out of memory for {work.name}", hint="fewer --threads, another --device"
+            )
+        return CheckError(f"{file}: {work.name}: {failure}", hint=_keep(work))
 
     def _refusal(
         self, value: torch.Tensor, index: int, work: _Work, rows: range, reason: str = "", hint: str = ""
@@ -376,7 +381,7 @@ class _RowWorker:
         where = _element(work.step.placed.output.shape, rows, index)
         return QuantizationError(
             f"{self.source.info.name}: {work.name}{where} is {value.reshape(-1)[index].item()}{reason}",
-            hint=hint or f"leave it as it is: --keep '{work.name}' (with --nonfinite allow for NaN and infinity)",
+            hint=hint or f"{_keep(work)} (with --nonfinite allow for NaN and infinity)",
         )
 
 
@@ -406,13 +411,12 @@ class _Store:
         if not _same(value, back):
             raise CheckError(
                 f"{self.info.name}: {work.name}: packed as {placed.held.layout}, it does not unpack to the same bits",
-                hint=f"leave it as it is: --keep '{work.name}'",
+                hint=_keep(work),
             )
         for name, tensor in packed.items():
             place = parts[name]
             if place.part.per == "rows" or rows.start == 0:
-                first, _ = place.part.span(work.rows, rows)
-                self._write(place.file, place.offset + first, tensor)
+                self._write(place.file, place.offset + place.span(rows)[0], tensor)
 
     def _packed(self, work: _Work, rows: range, value: Rows) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The parts of these rows, and those of the whole tensor as its first rows gave them."""
@@ -424,7 +428,7 @@ class _Store:
             if tensor is None:
                 if place.part.per == "rows" or rows.start == 0:
                     wrong.add(name)
-            elif tensor.dtype != place.dtype or tensor.nbytes != place.part.span(work.rows, rows)[1]:
+            elif tensor.dtype != place.dtype or tensor.nbytes != place.span(rows)[1]:
                 wrong.add(name)
         if wrong:
             raise CheckError(
@@ -439,7 +443,7 @@ class _Store:
         return packed, work.shared.result()
 
     def _write(self, file: int, offset: int, tensor: torch.Tensor) -> None:
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        data = as_bytes(tensor.cpu()).numpy().data
         if self.workers.stopped.is_set():  # the files may be gone
             raise _Stopped
         self.out.write_at(file, offset, data)
@@ -586,25 +590,30 @@ def _places(plan: Plan) -> dict[str, dict[str, _Place]]:
 
     :raises PlanError: a bug of the format.
     """
-    parts = {(s.placed.output.name, part.name): part for s in plan.steps for part in s.placed.parts}
+    parts = {
+        (s.placed.output.name, part.name): (part, _record(part, row_count(s.placed.output.shape)))
+        for s in plan.steps
+        for part in s.placed.parts
+    }
     found: dict[str, dict[str, _Place]] = {s.placed.output.name: {} for s in plan.steps}
     for number, file in enumerate(plan.files):
         end = len(file.prefix)
         for at in sorted(file.parts, key=lambda p: (p.offset, p.nbytes)):
             known = parts.pop((at.output, at.part), None)
-            if known is None or known.nbytes != at.nbytes or at.offset < end:
+            if known is None or known[0].nbytes != at.nbytes or at.offset < end:
                 raise PlanError(f"{file.path or plan.format}: {at.part} is laid out wrongly: a bug of the format")
             end = at.offset + at.nbytes
-            found[at.output][at.part] = _Place(number, at.offset, known, dtype_of(known.dtype))
+            found[at.output][at.part] = _Place(number, at.offset, known[0], dtype_of(known[0].dtype), known[1])
     if parts:
         raise PlanError(f"{plan.format}: no file has {[part for _, part in parts][:3]}: a bug of the format")
-    for step in plan.steps:
-        rows = row_count(step.placed.output.shape)
-        for part in step.placed.parts:
-            records = -(-rows // part.rows)
-            if part.per == "rows" and records > 1 and part.nbytes % records:
-                raise PlanError(f"{part.name}: {part.nbytes} bytes are not {records} records: a bug of the format")
     return found
+
+
+def _record(part: Part, rows: int) -> int:
+    records = 1 if part.per == "tensor" else max(1, -(-rows // part.rows))
+    if part.nbytes % records:
+        raise PlanError(f"{part.name}: {part.nbytes} bytes are not {records} records: a bug of the format")
+    return part.nbytes // records
 
 
 def _tensor_reports(tasks: Sequence[_Task], measured: Sequence[Energies]) -> tuple[TensorReport, ...]:
@@ -638,6 +647,10 @@ def _element(shape: tuple[int, ...], rows: range, index: int | None) -> str:
         flat, inside = divmod(flat, extent)
         place.append(inside)
     return f"[{', '.join(map(str, reversed(place)))}]" if shape else ""
+
+
+def _keep(work: _Work) -> str:
+    return f"leave it as it is: --keep '{work.name}'"
 
 
 def _same(a: Rows, b: Rows) -> bool:

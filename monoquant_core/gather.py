@@ -14,7 +14,7 @@ from monoquant_core.memory import pieces
 from monoquant_core.model import Source, TensorSpec
 from monoquant_core.planning import Step
 from monoquant_core.reencode import lift
-from monoquant_core.rows import all_rows, chunk_shape, row_count
+from monoquant_core.rows import all_rows, chunk_shape, row_count, row_length
 from monoquant_core.scratch import Scratch
 from monoquant_core.tensor import ParamValue, QuantizedTensor, dtype_name, same_bits
 
@@ -136,7 +136,7 @@ def _join_param(label: str, values: Sequence[ParamValue], spec: Param, grid: tup
 
 def _permute(values: torch.Tensor, order: tuple[int, ...], scratch: Scratch) -> torch.Tensor:
     shape = tuple(values.shape)
-    blocks = values.reshape(-1, len(order), shape[-1] if shape else 1)
+    blocks = values.reshape(row_count(shape) // len(order), len(order), row_length(shape))
     buffer = scratch.take("engine.permuted", blocks.shape, values.dtype)
     return torch.index_select(blocks, 1, torch.tensor(order), out=buffer).view(shape)
 
@@ -148,7 +148,8 @@ def _permute_quantized(tensor: QuantizedTensor, order: torch.Tensor) -> Quantize
     def permuted(value: torch.Tensor) -> torch.Tensor:
         if row_count(tuple(value.shape)) != rows:
             return value
-        return value.reshape(-1, len(order), value.shape[-1]).index_select(1, order).view(value.shape)
+        blocks = value.reshape(rows // len(order), len(order), value.shape[-1])
+        return blocks.index_select(1, order).view(value.shape)
 
     params = {
         label: _permute_quantized(value, order)

@@ -18,7 +18,7 @@ from monoquant_core.rows import all_rows, chunk_shape, chunks, quantum, row_coun
 
 CHUNK_ELEMENTS = 1 << 19  #: large beside what a task costs, small beside a cache (docs/performance.md)
 
-_OVERHEAD = 12 << 20  #: threads' stacks, allocator arenas, headers and plan; measured
+_OVERHEAD = 16 << 20  #: threads' stacks, allocator arenas, headers and plan; measured
 
 
 def task_rows(step: Step) -> int:
@@ -182,9 +182,12 @@ def _task_bytes(step: Step, chunk_elements: int) -> int:
     elements = rows * row_length(out.shape)
     stored = DTYPE_BITS[out.dtype] / 8
     read = max((DTYPE_BITS[s.dtype] / 8 for s in step.specs), default=stored)
-    if step.action == "quantize":
-        per_element = read + 4 + 12 + 8 + 3  # float32; the scheme's scratch; the check's; codes, packed and unpacked
-    elif step.placed.held.encoding is not None:
+    encoding = step.placed.held.encoding
+    if step.action == "quantize" and encoding is not None:
+        per_element = read + 19  # float32 rows; the scheme's buffers; the check's; codes, packed and unpacked
+        # Codes that are looked up, and searches, take more of the scheme's and the check's.
+        per_element += 20 if encoding.element.table is not None else 14 if encoding.element.bits < 8 else 0
+    elif encoding is not None:
         per_element = 6.0
     else:
         per_element = read + 2 * stored + 8

@@ -52,11 +52,12 @@ def pack_words(codes: torch.Tensor, bits: int, *, dim: int = -1) -> torch.Tensor
     :raises EncodingError: for other dtypes or widths.
     """
     _check(codes, bits)
-    along = codes.movedim(dim, -1)
+    last = dim in (-1, codes.ndim - 1)
+    along = codes if last else codes.movedim(dim, -1)
     words = -(-along.shape[-1] * bits // 32)
     stream = _stream(along, bits, 4 * words).reshape(-1).contiguous()
     packed = _aligned(stream).view(torch.int32).view(*along.shape[:-1], words)
-    return packed.movedim(-1, dim).contiguous()
+    return packed if last else packed.movedim(-1, dim).contiguous()
 
 
 def unpack_words(packed: torch.Tensor, bits: int, n: int, *, dim: int = -1, signed: bool = False) -> torch.Tensor:
@@ -64,7 +65,8 @@ def unpack_words(packed: torch.Tensor, bits: int, n: int, *, dim: int = -1, sign
 
     :raises EncodingError: when the words are not those of ``n`` codes.
     """
-    along = packed.movedim(dim, -1).contiguous()
+    last = dim in (-1, packed.ndim - 1)
+    along = packed.contiguous() if last else packed.movedim(dim, -1).contiguous()
     if along.dtype != torch.int32 or along.shape[-1] != -(-n * bits // 32):
         raise EncodingError(
             f"{n} codes of {bits} bits take {-(-n * bits // 32)} words of int32, "
@@ -72,7 +74,7 @@ def unpack_words(packed: torch.Tensor, bits: int, n: int, *, dim: int = -1, sign
         )
     stream = along.view(-1).view(torch.uint8).view(*along.shape[:-1], 4 * along.shape[-1])
     codes = unpack_bits(stream[..., : -(-n * bits // 8)], bits, n, signed=signed)
-    return codes.movedim(-1, dim).contiguous()
+    return codes if last else codes.movedim(-1, dim).contiguous()
 
 
 def _check(codes: torch.Tensor, bits: int) -> None:

@@ -7,6 +7,7 @@ chunks of a per-channel convolution ``[out, in, kh, kw]`` are multiples of ``in 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ def all_rows(shape: Shape) -> range:
     return range(row_count(shape))
 
 
+@functools.lru_cache(maxsize=1024)
 def chunk_shape(shape: Shape, rows: range) -> Shape:
     """Shape of the chunk that ``rows`` are, of the tensor's own rank.
 

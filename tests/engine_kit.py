@@ -39,7 +39,7 @@ FLOAT8 = minifloat("float8_e4m3fn", 4, 3, nan="fn")
 def slice_rows(value: torch.Tensor, rows: range) -> torch.Tensor:
     shape = chunk_shape(tuple(value.shape), rows)
     length = value.shape[-1] if value.ndim else 1
-    return value.reshape(-1, length)[rows.start : rows.stop].reshape(shape)
+    return value.reshape(math.prod(value.shape[:-1]), length)[rows.start : rows.stop].reshape(shape)
 
 
 def slice_quantized(q: QuantizedTensor, rows: range) -> QuantizedTensor:

@@ -220,6 +220,7 @@ QUANTIZED = {
     "non-contiguous": torch.randn(32, 4).t(),
     "strided": torch.randn(8, 64)[::2, ::2],
     "one element": torch.tensor([[2.0]]),
+    "one element of many": torch.arange(8.0)[1::4][:1].view(1, 1),
 }
 
 

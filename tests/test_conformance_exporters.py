@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -265,6 +266,36 @@ class Dated(Plain):
         return [replace(file, suffix=str(self.runs).encode())]
 
 
+class Fickle(Plain):
+    """Refuses at first, and holds when it is asked again."""
+
+    asked = 0
+
+    def verdict(self, out: Output, proposal: Proposal | None) -> Verdict:
+        self.asked += 1
+        return Refuses("not now") if self.asked == 1 else super().verdict(out, proposal)
+
+
+class ReadsTwice(Plain):
+    """Two outputs of one tensor."""
+
+    def outputs(self, specs: Sequence[TensorSpec], info: ModelInfo) -> Sequence[Output | Drop]:
+        made = [o for o in super().outputs(specs, info) if isinstance(o, Output)]
+        return [*made, *(replace(o, name=f"{o.name}.again") for o in made)]
+
+
+class WritesItself(Plain):
+    """Opens files, which are the engine's to open."""
+
+    folder: Path
+    packed = 0
+
+    def pack(self, rows: Any, out: Output, held: Held, first_row: int) -> Mapping[str, torch.Tensor]:
+        self.packed += 1
+        (self.folder / "cache").write_text(str(self.packed))
+        return super().pack(rows, out, held, first_row)
+
+
 SABOTAGE: list[tuple[Callable[[], Plain], str, str]] = [
     (NoUnpack, "test_satisfies_the_protocol", "unpack is not a method"),
     (DropsSilently, "test_accounts_for_every_tensor", "dropped without a reason"),
@@ -283,14 +314,24 @@ SABOTAGE: list[tuple[Callable[[], Plain], str, str]] = [
     (Dated, "test_files_place_every_part_once", "other files the second time"),
     (Changes, "test_holds_means_it", "reads back as something else"),
     (RoundsFloats, "test_floats_are_kept_bit_for_bit", "does not unpack to the same bits"),
+    (Fickle, "test_refuses_means_it", "DID NOT RAISE"),
+    (ReadsTwice, "test_reads_every_row_once", "read more than once"),
     (Dated, "test_bytes_are_the_same", "bytes depend on threads or chunks"),
+    (WritesItself, "test_failure_leaves_nothing", "something was left or changed"),
 ]
 
 
 @pytest.mark.parametrize(("broken", "test", "message"), SABOTAGE, ids=lambda v: getattr(v, "__name__", None))
 def test_a_broken_format_is_found(broken: Callable[[], Plain], test: str, message: str, tmp_path: Path) -> None:
-    method = getattr(TestPlain(), test)
-    arguments = (tmp_path,) if "tmp_path" in method.__func__.__code__.co_varnames else ()
+    method, subject = getattr(TestPlain(), test), broken()
+    if isinstance(subject, WritesItself):
+        subject.folder = tmp_path
+    fixtures = {"exporter": subject, "info": ModelInfo("sample"), "tmp_path": tmp_path}
     with pytest.raises((Exception, pytest.fail.Exception)) as caught:
-        method(broken(), ModelInfo("sample"), *arguments) if test != "test_satisfies_the_protocol" else method(broken())
+        method(**{name: fixtures[name] for name in inspect.signature(method).parameters})
     assert message in str(caught.value)
+
+
+def test_every_check_has_been_seen_to_fail() -> None:
+    tests = {name for name in vars(ExporterConformance) if name.startswith("test_")}
+    assert {test for _, test, _ in SABOTAGE} == tests

@@ -6,10 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from monoquant_core.declarations import SchemeDeclaration
+from monoquant_core.options import option
 from monoquant_core.testing import PluginConformance
 from monoquant_core.testing.declarations import PROTOCOLS
 
@@ -152,6 +155,16 @@ def test_a_plugin_that_does_not_load_is_found(tmp_path: Path, monkeypatch: pytes
 
     with pytest.raises(AssertionError, match="not today"):
         suite.test_loads(load_registry())
+
+
+def test_a_flag_that_is_missing_from_help_is_found() -> None:
+    @dataclass(frozen=True)
+    class Options:
+        unseen: int = option(1, "Nothing registers it.")
+
+    declared = [("monoquant_register_schemes", SchemeDeclaration("mine", "One.", "nowhere:Mine", Options))]
+    with pytest.raises(AssertionError, match="no flag for unseen in --help"):
+        PluginConformance().test_help_renders(declared)
 
 
 def test_every_hook_that_declares_has_a_protocol() -> None:

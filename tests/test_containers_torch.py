@@ -44,7 +44,8 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
     """Bytes of a tensor."""
     if not tensor.numel():
         return torch.empty(0, dtype=torch.uint8)
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    dense = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    return dense.reshape(-1).view(torch.uint8)
 
 
 def check_same(path: Path, expected: Mapping[str, torch.Tensor], max_elements: int = 7) -> TorchSource:

@@ -93,6 +93,13 @@ def test_requirements_install_every_project_in_one_call() -> None:
     assert re.search(r"(?m)^torch==[\d.]+$", (ROOT / "constraints.txt").read_text())
 
 
+def test_continuous_integration_runs_what_developers_run() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    commands = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
+    assert commands == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make test"]
+
+
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_a_plugin_is_packaged_like_the_others(plugin: str) -> None:
     folder = ROOT / "plugins" / plugin

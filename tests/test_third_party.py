@@ -92,14 +92,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run(installed: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process that has the plugin."""
-    env = {**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "200"}
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=env, check=False)
-
-
 def monoquant(installed: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return run(installed, "-m", "monoquant_core.cli", *arguments)
+    """Run the command in a process that has the plugin."""
+    env = {**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "monoquant_core.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -225,11 +222,9 @@ def test_without_it_the_name_is_unknown(model: Path, tmp_path: Path) -> None:
 def test_it_passes_the_conformance_kit(installed: Path, tmp_path: Path) -> None:
     """Without any code of its own, and in a folder whose conftest.py would break it."""
     (tmp_path / "conftest.py").write_text("raise RuntimeError('not yours')")
-    code = "import sys; from monoquant_core.testing.command import run; sys.exit(run('ternary'))"
     env = {**os.environ, "PYTHONPATH": str(installed)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path, check=False
-    )
+    command = [sys.executable, "-m", "monoquant_core.cli", "conformance", "ternary"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
     assert not (tmp_path / ".pytest_cache").exists()
@@ -241,13 +236,38 @@ def test_a_version_that_breaks_its_word_fails_the_kit(installed: Path, tmp_path:
         (tmp_path / entry.name).symlink_to(entry)
     (tmp_path / "their_ternary.py").unlink()
     (tmp_path / "their_ternary.py").write_text(PLUGIN.replace(".round()", ".floor()"))
-    done = run(tmp_path, "-c", "import sys; from monoquant_core.testing.command import run; sys.exit(run('ternary'))")
+    done = monoquant(tmp_path, "conformance", "ternary")
     assert done.returncode == 1
     assert "TestScheme_ternary::test_error_is_at_most_half_a_step[defaults]" in done.stdout
     assert "more than half a step away" in done.stdout
 
 
 def test_the_kit_names_what_is_installed(tmp_path: Path) -> None:
-    code = "from monoquant_core.testing.command import run; run('nothing')"
-    done = run(tmp_path, "-c", code)
-    assert "no plugin 'nothing'; installed: " in done.stderr
+    done = monoquant(tmp_path, "conformance", "nothing")
+    assert done.returncode == 2
+    assert "error: no plugin 'nothing'; installed: " in done.stderr
+
+
+def test_its_own_tests_can_use_the_kit(installed: Path, tmp_path: Path) -> None:
+    """As docs/plugins/testing.md says: a line in conftest.py, and a class."""
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["monoquant_core.testing.plugin"]\n')
+    (tmp_path / "test_conformance.py").write_text(
+        """
+import pytest
+from monoquant_core.testing import QuantizerConformance
+from their_ternary import TernaryOptions, TernaryQuantizer
+
+class TestTernary(QuantizerConformance):
+    @pytest.fixture(params=[32, 64])
+    def quantizer(self, request):
+        return TernaryQuantizer(TernaryOptions(group_size=request.param))
+
+def test_registry(monoquant_registry):
+    assert "ternary" in monoquant_registry.schemes
+"""
+    )
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout

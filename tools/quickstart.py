@@ -88,7 +88,7 @@ def main() -> int:
                 f"{report['peak_bytes'] / 1e6:.0f} MB",
             )
         )
-    print(f"\n{len(SENTENCES)} sentences, mean pooling. Time and memory are those of the quantizing process, as it")
+    print(f"\n{len(SENTENCES)} sentences, mean pooling. Time, without start-up, and memory as the quantizing process")
     print(f"measured them; {reports[0]['start_bytes'] / 1e6:.0f} MB of the memory are Python and torch.\n")
     table(rows)
     print(

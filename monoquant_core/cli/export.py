@@ -6,10 +6,8 @@ import typer
 
 from monoquant_core.cli import flags
 from monoquant_core.cli.options import Typed, roles, with_options
-from monoquant_core.cli.plan import show_plan
-from monoquant_core.cli.progress import reporter
+from monoquant_core.cli.saving import save_or_plan
 from monoquant_core.cli.selection import named_scheme
-from monoquant_core.cli.summary import show_report
 from monoquant_core.errors import OptionError
 from monoquant_core.plugins import Registry
 
@@ -65,18 +63,15 @@ def register(app: typer.Typer, registry: Registry) -> None:
         }
         source = api.open_source(src, registry=registry, unsafe_pickle=unsafe_pickle)
         with api.QuantizedModel(source, registry, scheme, options["scheme"], quantizing=False) as model:
-            if output is None or dry_run:
-                show_plan(model.plan(**saving, destination=flags.name_of(output)), threads=threads, json=json)
-                return
-            with reporter(quiet=quiet) as progress:
-                report = model.save(
-                    output,
-                    **saving,
-                    threads=threads,
-                    device=device,
-                    force=force,
-                    nonfinite=nonfinite.value,
-                    progress=progress,
-                )
-        if not quiet:
-            show_report(report, json=json)
+            save_or_plan(
+                model,
+                output,
+                saving,
+                dry_run=dry_run,
+                threads=threads,
+                device=device,
+                force=force,
+                nonfinite=nonfinite,
+                json=json,
+                quiet=quiet,
+            )

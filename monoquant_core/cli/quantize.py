@@ -4,10 +4,8 @@ import typer
 
 from monoquant_core.cli import flags
 from monoquant_core.cli.options import Typed, roles, with_options
-from monoquant_core.cli.plan import show_plan
-from monoquant_core.cli.progress import reporter
+from monoquant_core.cli.saving import save_or_plan
 from monoquant_core.cli.selection import select
-from monoquant_core.cli.summary import show_report
 from monoquant_core.plugins import Registry
 
 
@@ -55,19 +53,15 @@ def register(app: typer.Typer, registry: Registry) -> None:
             quiet=quiet or json,
         )
         with api.quantize(src, **chosen.quantizing) as model:
-            if output is None or dry_run:
-                made = model.plan(**chosen.saving, destination=flags.name_of(output))
-                show_plan(made, threads=threads, json=json)
-                return
-            with reporter(quiet=quiet) as progress:
-                report = model.save(
-                    output,
-                    **chosen.saving,
-                    threads=threads,
-                    device=device,
-                    force=force,
-                    nonfinite=nonfinite.value,
-                    progress=progress,
-                )
-        if not quiet:
-            show_report(report, json=json)
+            save_or_plan(
+                model,
+                output,
+                chosen.saving,
+                dry_run=dry_run,
+                threads=threads,
+                device=device,
+                force=force,
+                nonfinite=nonfinite,
+                json=json,
+                quiet=quiet,
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -31,7 +32,7 @@ def read_rows(
     """
     shape = r.chunk_shape(entry.shape, rows)
     dtype = dtype_of(entry.dtype)
-    where = tensor_at("", name).removeprefix(": ")
+    where = _where(name)
     strides = entry.strides
     if strides is None:
         row_bytes = r.row_length(entry.shape) * entry.itemsize
@@ -60,6 +61,11 @@ def read_rows(
     if entry.lazy == "conj":
         return chunk.conj_physical_()
     return chunk.neg_() if entry.lazy == "neg" else chunk
+
+
+@functools.lru_cache(maxsize=256)
+def _where(name: str) -> str:
+    return tensor_at("", name).removeprefix(": ")
 
 
 def first_index(shape: tuple[int, ...], rows: range) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from monoquant_core.errors import SourceError
 from monoquant_core.model import DTYPE_BITS
 from monoquant_core.tensor import dtype_name
 
-_SAFE = (2, 10)  #: fixes CVE-2026-24747: a checkpoint could corrupt memory through the weights-only unpickler
+_SAFE = "2.10"  #: fixes CVE-2026-24747: a checkpoint could corrupt memory through the weights-only unpickler
 MAX_PICKLE = 1 << 30  #: bytes of a checkpoint's structure
 _HINT = "save model.state_dict() instead; if you trust who made the file, --unsafe-pickle runs the code in it"
 _REFUSED: dict[Any, str] = {
@@ -56,7 +56,7 @@ def read_checkpoint(reader: FileReader, *, unsafe_pickle: bool = False) -> Check
     :raises SourceError: when the file is damaged, carries code, or holds no weights.
     """
     path = str(reader.path)
-    if torch.__version__ < _SAFE:
+    if torch.__version__ < _SAFE:  # a TorchVersion: compares as versions do
         raise SourceError(
             f"{path}: torch {torch.__version__} can be made to run code by files that it should only read weights from",
             hint="install torch 2.10 or later, or give a safetensors file",

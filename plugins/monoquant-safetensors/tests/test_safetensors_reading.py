@@ -12,8 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import monoquant_core as mq
+from monoquant_core.api import installed
 from monoquant_core.encoding import FLOAT8_E4M3FN, INT8, ActivationQuant
+from monoquant_core.engine import RunOptions, write
 from monoquant_core.errors import SourceError
+from monoquant_core.model import TensorSpec
+from monoquant_core.planner import make_plan
+from monoquant_core.recipe import Recipe
 from monoquant_core.rows import all_rows
 from monoquant_core.tensor import QuantizedTensor, same_bits
 from monoquant_core.testing.samples import ENCODINGS, MemorySource, normal, quantized
@@ -181,11 +186,6 @@ def test_generic_gives_back_every_encoding_activation_and_tie(tmp_path):
     activation = ActivationQuant(INT8, "tensor", dynamic=False, low=-1.0, high=2.0)
     tensors = {label: quantized(encoding, (48, 256), i) for i, (label, encoding) in enumerate(ENCODINGS.items())}
     plain = {"float": normal((3, 5)), "whole": torch.arange(6), "truth": torch.tensor(True)}
-    from monoquant_core.engine import RunOptions, write
-    from monoquant_core.model import TensorSpec
-    from monoquant_core.planner import make_plan
-    from monoquant_core.recipe import Recipe
-
     specs = [TensorSpec(n, t.shape, "float16", t.encoding, activation) for n, t in tensors.items()]
     specs += [TensorSpec(n, tuple(t.shape), str(t.dtype)[6:]) for n, t in plain.items()]
     specs += [
@@ -198,7 +198,7 @@ def test_generic_gives_back_every_encoding_activation_and_tie(tmp_path):
     path = tmp_path / "all.safetensors"
     plan = make_plan(
         source,
-        registry=mq.api.installed(),
+        registry=installed(),
         recipe=Recipe(base="none"),
         format="safetensors",
         format_options=options,
@@ -300,6 +300,7 @@ REFUSED = {
     "no groups": (lambda t, c: c.update(config_groups={}), "config_groups is {}"),
     "preset": (lambda t, c: c.update(config_groups={"W4A16": ["Linear"]}), "no group with targets"),
     "untargeted": (lambda t, c: group(c).update(targets=["re:.*other"]), "no config group of config.json targets"),
+    "slow expression": (lambda t, c: group(c).update(targets=["re:(a+)+$"]), "too intricate an expression"),
     "bad expression": (lambda t, c: group(c).update(targets=["re:("]), "not a regular expression"),
     "floats beside a scale": (
         lambda t, c: t.update({"x.weight": torch.ones(2, 2), "x.weight_scale": torch.ones(2, 1)}),
@@ -357,6 +358,11 @@ GENERIC = {
     "missing part": (
         lambda d: d["tensors"].update({"c.weight": d["tensors"]["a.weight"]}),
         "c.weight.codes'?: missing",
+    ),
+    "tied to a number": (lambda d: d.update(ties={"c": 3}), "a tensor's name is a string, got 3"),
+    "a name that clears the screen": (
+        lambda d: d["tensors"].update({"\x1b[2J": d["tensors"]["a.weight"]}),
+        "impossible tensor name",
     ),
     "tied to nothing": (lambda d: d.update(ties={"c": "d"}), "cannot be tied to 'd'"),
     "table of another": (

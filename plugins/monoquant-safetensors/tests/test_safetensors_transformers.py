@@ -207,6 +207,45 @@ def test_shards_are_exact(llama, tmp_path):
     assert check_exact(load(path), path) == 14
 
 
+@pytest.mark.parametrize("case", ["int8", "int4 g32", "fp8"])
+def test_experts_are_exact(tmp_path, case):
+    """transformers joins the experts of a layer, and decompresses them while it loads."""
+    config = transformers.MixtralConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        num_local_experts=3,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "float")
+    scheme, options = SCHEMES[case]
+    path = quantize(tmp_path / "float", tmp_path / "out", scheme, options)
+    assert "model.layers.0.block_sparse_moe.gate" in quantization(path)["ignore"]
+    loaded = load(path).state_dict()
+    with mq.load(path) as model:
+        ours = model.state_dict()
+    for i in range(3):
+        expert = [ours[f"model.layers.0.block_sparse_moe.experts.{i}.{w}.weight"] for w in ("w1", "w3", "w2")]
+        assert torch.equal(loaded["model.layers.0.mlp.experts.gate_up_proj"][i], torch.cat(expert[:2]))
+        assert torch.equal(loaded["model.layers.0.mlp.experts.down_proj"][i], expert[2])
+    attention = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(loaded[attention], ours[attention])
+
+
+def test_layers_that_are_no_linear_get_the_generic_convention(tmp_path):
+    """GPT-2 keeps its weights in Conv1D, as [in, out]."""
+    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=32)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "float")
+    path = quantize(tmp_path / "float", tmp_path / "out", "int8")
+    with mq.load(path) as model:
+        encoded = [spec.name for spec in model.source.specs() if spec.encoding is not None]
+    assert len(encoded) == 4
+    with pytest.raises(OSError, match="safetensors"):  # and not a model with random weights
+        transformers.AutoModelForCausalLM.from_pretrained(path)
+
+
 @pytest.mark.parametrize("case", ["int8", "int4 g32", "int4 g128", "w8a8", "fp8"])
 def test_minilm_is_exact(minilm, tmp_path, case):
     scheme, options = SCHEMES[case]

@@ -17,6 +17,8 @@ from monoquant_core.schemes import Context
 from monoquant_core.tensor import QuantizedTensor
 from monoquant_int.search import SPAN, Codes, best_scale
 
+_TOUCHING = 5e-5  #: steps: more than float32 rounds, and too few to be seen
+
 
 def quantize(rows: torch.Tensor, encoding: Encoding, context: Context, *, search: bool) -> QuantizedTensor:
     """Codes and parameters of a chunk.
@@ -108,8 +110,10 @@ class _Chunk:
     def _plain(self, extent: torch.Tensor) -> torch.Tensor:
         """The scale at which no value is clipped."""
         low, high = self.encoding.codes_range
-        codes = min(high, -low) if self.encoding.zero_point is None else high - low
-        return absmax_scale(extent, codes, self._dtype, self.rows, self.context)
+        if self.encoding.zero_point is None:
+            return absmax_scale(extent, min(high, -low), self._dtype, self.rows, self.context)
+        # Rounding the zero point may take half a step from either end, so the range has nothing to spare.
+        return absmax_scale(extent, high - low, self._dtype, self.rows, self.context, beyond=_TOUCHING)
 
     @property
     def _dtype(self) -> str:

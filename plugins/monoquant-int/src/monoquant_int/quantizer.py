@@ -96,9 +96,9 @@ class IntQuantizer:
         """
         from monoquant_int import kernels
 
+        if self.clip is not None and encoding.clip is None:  # a format that asks for its own encoding knows of no clip
+            encoding = dataclasses.replace(encoding, clip=self.clip)
         tensor_wide = all(extent == FULL for extent in encoding.block)
-        # Formats that ask for an encoding of theirs do not know of a clip.
-        encoding = dataclasses.replace(encoding, clip=encoding.clip or self.clip)
         return kernels.quantize(rows, encoding, context, search=self._searches(tensor_wide))
 
     def _searches(self, tensor_wide: bool) -> bool:

@@ -7,6 +7,7 @@ this module imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from monoquant_core import kinds
 from monoquant_core.containers import folder as folders
-from monoquant_core.containers.entries import TensorEntry, parse_json, shown, tensor_at
+from monoquant_core.containers.entries import TensorEntry, check_name, parse_json, shown, tensor_at
 from monoquant_core.containers.reader import FileReader
 from monoquant_core.containers.safetensors import read_header
 from monoquant_core.encoding import FLOAT_BITS, ActivationQuant, Encoding
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from monoquant_core.scratch import Scratch
-    from monoquant_core.tensor import QuantizedTensor
+    from monoquant_core.tensor import ParamValue, QuantizedTensor
 
 #: what a quantized module has in a file beside, or in place of, its weight
 _WEIGHT_TENSORS = tuple(
@@ -128,8 +129,11 @@ class FinishedSource(SafetensorsSource):
         if stored is None:
             return super().read(name, rows, scratch, slot=slot)
         total = row_count(stored.out.shape)
+        # A record of a part may cover more rows than were asked for: zero points of several rows share a word.
+        unit = math.lcm(*(part.rows for part in stored.parts if part.per == "rows"))
+        whole = range(rows.start // unit * unit, min(total, -(-rows.stop // unit) * unit))
         parts = {
-            part.name: self._piece(part.name, *part.span(total, rows), scratch, f"{slot}.{i}")
+            part.name: self._piece(part.name, *part.span(total, whole), scratch, f"{slot}.{i}")
             for i, part in enumerate(stored.parts)
         }
         if stored.zeros and bool(self._piece(stored.zeros, 0, self.entries[stored.zeros].nbytes, None, "").any()):
@@ -137,7 +141,8 @@ class FinishedSource(SafetensorsSource):
                 f"{self._at(stored.zeros)}: zero points other than zero, and config.json calls the weight symmetric"
             )
         try:
-            return self.exporter.unpack(parts, stored.out, stored.held, rows.start)
+            tensor = self.exporter.unpack(parts, stored.out, stored.held, whole.start)
+            return tensor if whole == rows else _rows_of(tensor, rows, whole)
         except EncodingError as exc:
             raise SourceError(f"{self._at(name)}: {exc}") from exc
 
@@ -168,6 +173,19 @@ class FinishedSource(SafetensorsSource):
         return sum(self.entries[part.name].nbytes for part in parts)
 
 
+def _rows_of(value: ParamValue, rows: range, whole: range) -> ParamValue:
+    """Some of the rows of a matrix, whose parameters belong to one row each or to all of them."""
+    from monoquant_core.tensor import QuantizedTensor
+
+    if value.shape[0] != len(whole):
+        return value
+    part = slice(rows.start - whole.start, rows.stop - whole.start)
+    if not isinstance(value, QuantizedTensor):
+        return value[part]
+    params = {label: _rows_of(param, rows, whole) for label, param in value.params().items()}
+    return QuantizedTensor(value.encoding, value.codes[part], **params)
+
+
 class GenericSource(FinishedSource):
     """What ``--convention generic`` wrote.
 
@@ -176,15 +194,19 @@ class GenericSource(FinishedSource):
 
     exporter = GenericExporter(0)
 
+    def shares_storage(self, name: str, other: str) -> bool:
+        """Whether two tied names are one tensor of the file, so that they need not be compared."""
+        return self._ties.get(name) == other or self._ties.get(other) == name
+
     def _describe(self) -> list[TensorSpec]:
         found: dict[str, TensorSpec] = {}
         used: dict[str, str] = {}
-        ties: dict[str, str] = {}
+        self._ties: dict[str, str] = {}
         for path, header in self.headers.items():
             if KEY not in header.metadata:
                 continue
             described, tied = _described(path, header.metadata[KEY])
-            ties |= tied
+            self._ties |= tied
             for name, (encoding, dtype, shape, activation) in described.items():
                 out, held = Output(name, shape, dtype, (name,)), Holds(LAYOUT, encoding)
                 parts = tuple(self.exporter.parts(out, held))
@@ -203,11 +225,11 @@ class GenericSource(FinishedSource):
             for name, entry in self.entries.items()
             if name not in used or used[name] in found
         ]
-        return [*specs, *self._tied_specs(specs, ties)]
+        return [*specs, *self._tied_specs(specs)]
 
-    def _tied_specs(self, specs: Sequence[TensorSpec], ties: Mapping[str, str]) -> Iterator[TensorSpec]:
+    def _tied_specs(self, specs: Sequence[TensorSpec]) -> Iterator[TensorSpec]:
         known = {spec.name: spec for spec in specs}
-        for name, first in ties.items():
+        for name, first in self._ties.items():
             if name in known or first not in known:
                 raise SourceError(f"{self._at(name)}: cannot be tied to {shown(first)}")
             if first in self._stored:
@@ -379,6 +401,10 @@ class _Groups:
         raise SourceError(f"{where}: quantized, and no config group of {self.path.name} targets module {module!r}")
 
     def _compile(self, target: str) -> re.Pattern[str]:
+        # Names of layers need no repeated groups, and those can take a time exponential in the length of a name.
+        repeats = target.count("*") + target.count("+") + target.count("{")
+        if len(target) > 1000 or repeats > 8 or re.search(r"(?<!\\)\)[*+{]", target):
+            raise SourceError(f"{self.path}: target {shown(target)} is too intricate an expression to match safely")
         try:
             return re.compile(target.removeprefix("re:"))
         except re.error as exc:
@@ -431,8 +457,8 @@ def _described(path: Path, text: str) -> tuple[dict[str, _Described], dict[str, 
     encodings, tensors, ties = (data.get(key) for key in ("encodings", "tensors", "ties"))
     if not (isinstance(encodings, list) and isinstance(tensors, dict) and isinstance(ties, dict)):
         raise SourceError(f"{where}: encodings, tensors and ties expected, got {sorted(data)}")
-    if not all(isinstance(first, str) for first in ties.values()):
-        raise SourceError(f"{where}: ties are names, got {shown(ties)}")
+    for name in (*tensors, *ties, *ties.values()):
+        check_name(path, name)
     try:
         known = [Encoding.from_dict(item) for item in encodings]
     except EncodingError as exc:

@@ -218,7 +218,7 @@ if hasattr(made, "propose"):
     proposal = made.propose(spec)
     made.accepts(spec, Encoding(INT8, per_channel(2), "float32"))
 else:
-    info = ModelInfo("sample", {{"model_type": "llama"}})
+    info = ModelInfo("sample", {{"model_type": "llama", "num_hidden_layers": 1}})
     made = made.resolve([spec], info) if hasattr(made, "resolve") else made
     placed = []
     for out in made.outputs([spec], info):

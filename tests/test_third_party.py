@@ -125,11 +125,13 @@ def test_it_is_an_ordinary_plugin() -> None:
 
 
 def test_nothing_in_the_repository_knows_it() -> None:
-    sources = [*(ROOT / "monoquant_core").rglob("*.py"), *(ROOT / "plugins").glob("*/src/**/*.py")]
-    assert len(sources) > 20
-    for path in sources:
+    core = list((ROOT / "monoquant_core").rglob("*.py"))
+    plugins = list((ROOT / "plugins").glob("*/src/**/*.py"))
+    assert min(len(core), len(plugins)) > 20
+    for path in [*core, *plugins]:
         text = path.read_text().lower()
-        assert "ternary" not in text, path
+        assert "ternary" not in text or path in plugins, path  # ggml has ternary types of its own
+        assert "their-ternary" not in text, path
         assert "b1.58" not in text, path
 
 

@@ -66,6 +66,7 @@ class GgufExporter:
 
     name = "gguf"
     recipe = ""
+    fuses = False  #: llama.cpp keeps q, k and v apart, so each may have a type of its own
 
     def __init__(
         self, options: GgufOptions, architecture: Architecture | None = None, model: Model | None = None

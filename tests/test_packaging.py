@@ -63,10 +63,13 @@ def test_bump_rewrites_every_version_and_pin(bump: ModuleType, tmp_path: Path) -
         path.write_text(text)
     assert pyproject(root)["project"]["version"] == "3.4.5"
     pins = [r for extra in pyproject(root)["project"]["optional-dependencies"].values() for r in extra]
-    assert sorted(r for r in pins if r.startswith("monoquant-")) == [f"{p}==3.4.5" for p in PLUGINS]
+    own = sorted(re.sub(r"\[.*?\]", "", r) for r in pins if r.startswith("monoquant-"))
+    assert own == sorted([*(f"{p}==3.4.5" for p in PLUGINS), "monoquant-gguf==3.4.5"])  # once more with its own extra
     for plugin in PLUGINS:
         project = pyproject(root / "plugins" / plugin)["project"]
-        assert (project["version"], project["dependencies"]) == ("3.4.5", ["monoquant>=3.4.5,<4"])
+        core, *others = project["dependencies"]
+        assert (project["version"], core) == ("3.4.5", "monoquant>=3.4.5,<4")
+        assert not [r for r in others if r.startswith("monoquant")], "plugins do not need one another"
     assert '__version__ = "3.4.5"' in (root / "monoquant_core" / "__init__.py").read_text()
     assert monoquant_core.__version__ not in "".join(p.read_text() for p in bump.pyprojects(root))
 
@@ -82,13 +85,18 @@ def test_extras_name_real_plugins_and_every_plugin_has_an_extra() -> None:
     named = {re.split(r"[=<>]", r)[0] for extra in extras.values() for r in extra}
     inner = {r for r in named if r.startswith("monoquant[")}
     assert {name for r in inner for name in r[len("monoquant[") : -1].split(",")} <= set(extras)
-    assert named - inner == set(PLUGINS)
+    outer = {r.partition("[") for r in named - inner}
+    assert {name for name, _, _ in outer} == set(PLUGINS)
+    for name, _, wanted in outer:
+        if wanted:
+            assert wanted.removesuffix("]") in pyproject(ROOT / "plugins" / name)["project"]["optional-dependencies"]
 
 
 def test_requirements_install_every_project_in_one_call() -> None:
     lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
     editable = sorted(line.removeprefix("-e ") for line in lines if line.startswith("-e "))
-    assert editable == [".[all]", *(f"plugins/{p}" for p in PLUGINS)]
+    assert editable[0] == ".[all]"
+    assert [re.sub(r"\[.*\]$", "", line) for line in editable[1:]] == [f"plugins/{p}" for p in PLUGINS]
     assert "-c constraints.txt" in lines
     assert re.search(r"(?m)^torch==[\d.]+$", (ROOT / "constraints.txt").read_text())
 
@@ -301,5 +309,38 @@ assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 weight, name = before["model.layers.0.mlp.down_proj.weight"], "model.layers.0.mlp.down_proj.weight"
 step = weight.abs().amax(1, keepdim=True) / 127
 assert ((after[name] - weight).abs() <= step * 0.5001).all() and not torch.equal(after[name], weight)
+"""
+    run(venv.bin("python"), "-c", code, cwd=tmp_path)
+
+
+def test_the_gguf_extra_writes_a_file_that_the_gguf_package_reads(dists: Dists, checkpoint: Path, tmp_path: Path) -> None:
+    venv = fresh_venv(tmp_path / "venv", dists, f"{dists.wheel('monoquant')}[gguf]")
+    assert "site-packages" in venv.files()
+    config = {
+        **{"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128},
+        **{"num_attention_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5},
+    }
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out.gguf"
+    options = ("--format", "gguf", "--scheme", "Q8_0", "--tokenizer", "none", "--json")
+    report = json.loads(venv.monoquant("quantize", checkpoint, "-o", out, *options).stdout)
+    assert report["bytes"] == out.stat().st_size
+    code = f"""
+import importlib.util
+import numpy as np
+from gguf import GGUFReader, dequantize
+from safetensors.numpy import load_file
+assert importlib.util.find_spec("numba") is None, "only gguf-fast brings it"
+before = load_file({str(checkpoint / "model.safetensors")!r})
+reader = GGUFReader({str(out)!r})
+assert reader.fields["general.architecture"].contents() == "llama"
+assert reader.fields["llama.embedding_length"].contents() == 64
+after = {{t.name: dequantize(t.data, t.tensor_type) for t in reader.tensors}}
+assert set(after) == {{"token_embd.weight", "blk.0.ffn_down.weight", "output_norm.weight"}}
+weight = before["model.layers.0.mlp.down_proj.weight"]
+step = np.abs(weight).reshape(-1, 32).max(1, keepdims=True) / 127
+error = np.abs(after["blk.0.ffn_down.weight"] - weight).reshape(-1, 32)
+assert (error <= step * 0.6).all() and error.any()
+assert np.array_equal(after["output_norm.weight"], before["model.norm.weight"])
 """
     run(venv.bin("python"), "-c", code, cwd=tmp_path)

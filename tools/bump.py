@@ -36,7 +36,7 @@ def bumped(root: Path, version: str) -> Iterator[tuple[Path, str]]:
     """
     for path in pyprojects(root):
         text = _replace(path, path.read_text(encoding="utf-8"), r'(?m)^version = "[^"]*"$', f'version = "{version}"')
-        text = re.sub(r'"(monoquant-[a-z0-9-]+)==[^"]*"', rf'"\1=={version}"', text)
+        text = re.sub(r'"(monoquant-[a-z0-9-]+(?:\[[a-z0-9,-]+\])?)==[^"]*"', rf'"\1=={version}"', text)
         text = re.sub(r'"monoquant>=[^"]*"', f'"monoquant>={version},<{next_breaking(version)}"', text)
         yield path, text
     path = root / "monoquant_core" / "__init__.py"

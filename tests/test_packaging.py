@@ -313,7 +313,9 @@ assert ((after[name] - weight).abs() <= step * 0.5001).all() and not torch.equal
     run(venv.bin("python"), "-c", code, cwd=tmp_path)
 
 
-def test_the_gguf_extra_writes_a_file_that_the_gguf_package_reads(dists: Dists, checkpoint: Path, tmp_path: Path) -> None:
+def test_the_gguf_extra_writes_a_file_that_the_gguf_package_reads(
+    dists: Dists, checkpoint: Path, tmp_path: Path
+) -> None:
     venv = fresh_venv(tmp_path / "venv", dists, f"{dists.wheel('monoquant')}[gguf]")
     assert "site-packages" in venv.files()
     config = {

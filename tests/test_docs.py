@@ -276,8 +276,8 @@ def test_the_main_pages_have_examples_that_run() -> None:
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=ids)
 def test_examples_run(page: Path, in_tmp: Path, request: pytest.FixtureRequest) -> None:
-    # The tutorial is about one model; the other pages are about any.
-    fixture = "minilm" if page.name == "quickstart.md" else "llama"
+    # The tutorials are about one model; the other pages are about any.
+    fixture = "minilm" if page.name in ("quickstart.md", "howto-gguf.md") else "llama"
     (in_tmp / "model").symlink_to(request.getfixturevalue(fixture))
     namespace: dict[str, Any] = {"__name__": "example"}
     for language, example in blocks(page):

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import typer
+from monoquant_gguf.layouts import LAYOUTS
+from monoquant_gguf.plugin import TYPES
 
 from monoquant_core import testing
 from monoquant_core.cli.app import build_app
@@ -69,6 +71,13 @@ BEGIN, END = "<!-- begin generated: make docs -->", "<!-- end generated -->"
 #: schemes shown with every option; the other widths of integers take the same ones
 IN_DETAIL = {"int4", "int8", "w8a8", "fp8"}
 
+#: the schemes of ggml's types have a table of their own
+GGML = frozenset(TYPES)
+
+GGML_OTHERS = """\
+And what the other schemes of this repository become, on a Linear of 4096 x 4096 in float32, with their default options
+and, for some, with each option changed alone where that makes a difference:"""
+
 #: attribute of the Registry -> title and introduction, in the order of the page
 SECTIONS = {
     "schemes": ("Schemes", "Chosen by `--scheme`, by `--set` and by a recipe's rules."),
@@ -94,12 +103,14 @@ def main() -> int:
 def pages() -> dict[Path, str]:
     """Every generated page, complete."""
     registry = own_registry()
-    kit, safetensors = DOCS / "plugins" / "testing.md", DOCS / "formats" / "safetensors.md"
+    kit, formats = DOCS / "plugins" / "testing.md", DOCS / "formats"
+    safetensors, gguf = formats / "safetensors.md", formats / "gguf.md"
     return {
         DOCS / "cli.md": cli_page(registry),
         DOCS / "options.md": options_page(registry),
         kit: between_marks(kit, kit_tables()),
-        safetensors: between_marks(safetensors, held_table(registry, "safetensors")),
+        safetensors: between_marks(safetensors, held_table(registry, "safetensors", but=GGML)),
+        gguf: between_marks(gguf, f"{ggml_table()}\n\n{GGML_OTHERS}\n\n{_held_by_gguf(registry)}"),
     }
 
 
@@ -183,8 +194,10 @@ class _Linear:
 
     info = ModelInfo("a Linear layer", {"model_type": "llama"})
 
+    weight = TensorSpec("model.layers.0.mlp.up_proj.weight", (4096, 4096), "float32", kind="linear")
+
     def specs(self) -> Sequence[TensorSpec]:
-        return [TensorSpec("model.layers.0.mlp.up_proj.weight", (4096, 4096), "float32", kind="linear")]
+        return [self.weight]
 
     def read(self, name: str, rows: range, scratch: object = None) -> Any:
         raise NotImplementedError(name)
@@ -193,10 +206,38 @@ class _Linear:
         pass
 
 
-def held_table(registry: Registry, format: str) -> str:
+def ggml_table() -> str:
+    """ggml's types, from the table that the plugin writes and reads them by."""
+    rows = []
+    for layout in LAYOUTS:
+        element = layout.encoding.element.name if layout.encoding is not None else layout.dtype
+        scheme = f"`{layout.name}`: {TYPES[layout.name]}" if layout.name in TYPES else ""
+        size = (str(layout.block_size), str(layout.type_size), f"{layout.bits_per_weight:g}")
+        stored = f"`{layout.encoding}`" if layout.encoding is not None else ""
+        rows.append((f"`{layout.name}`", str(layout.ggml_type), *size, f"`{element}`", stored, scheme))
+    header = (
+        "type",
+        "number",
+        "elements per block",
+        "bytes per block",
+        "bits per weight",
+        "element",
+        "encoding",
+        "scheme",
+    )
+    return _table(header, rows)
+
+
+def _held_by_gguf(registry: Registry) -> str:
+    return held_table(registry, "gguf", but=GGML, format_options={"architecture": "generic"})
+
+
+def held_table(
+    registry: Registry, format: str, *, but: Collection[str] = (), format_options: Mapping[str, Any] | None = None
+) -> str:
     """What a format makes of every scheme, by default and, for some, with each option changed alone."""
     rows: dict[tuple[str, str], Sequence[str]] = {}
-    for declaration in registry.schemes.values():
+    for declaration in (d for d in registry.schemes.values() if d.name not in but):
         for label, values in testing_declarations.variants(declaration):
             if label != "defaults" and declaration.name not in IN_DETAIL:
                 continue
@@ -208,17 +249,22 @@ def held_table(registry: Registry, format: str) -> str:
                     scheme=declaration.name,
                     scheme_options=values,
                     format=format,
+                    format_options=format_options or {},
                     quantizing=False,  # a cast to what it is already changes nothing, and that is an answer here
                 )
             except UnsupportedEncodingError as exc:
-                rows[flags, ""] = (f"`{flags}`", "refused", "", "", str(exc))
+                reason = str(exc).rpartition(f"{_Linear.weight.name}: ")[2]
+                rows.setdefault(("refused", reason), (f"`{flags}`", "refused", "", "", reason))
                 continue
             (step,) = plan.steps
             proposal = step.placed.proposal
             activation = str(proposal.activation or "") if proposal is not None else ""
             stored = f"`{stored_as(step)}`" + (f", inputs {activation}" if activation else "")
             layout, bits = step.placed.held.layout, f"{plan.bits_per_weight:.3f}"
-            rows.setdefault((stored, layout), (f"`{flags}`", stored, layout, bits, "; ".join(plan.notes)))
+            notes = [
+                note for note in plan.notes if not note.startswith("architecture generic")
+            ]  # so that any model does
+            rows.setdefault((stored, layout), (f"`{flags}`", stored, layout, bits, "; ".join(notes)))
     return _table(("scheme", "stored as", "layout", "bits per weight", "notes"), rows.values())
 
 

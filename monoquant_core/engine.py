@@ -2,21 +2,19 @@
 
 A task is a range of rows of one output. Tasks run on threads, each with buffers of its own; neither the number of
 threads nor the size of the chunks changes a byte. A journal of finished tasks would be written where their results
-arrive, in :meth:`_Workers.map`, and read where the tasks of a run are listed.
+arrive, in :meth:`Workers.map`, and read where the tasks of a run are listed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -61,14 +59,11 @@ from monoquant_core.schemes import Context
 from monoquant_core.scratch import Scratch
 from monoquant_core.stats import TensorStats
 from monoquant_core.tensor import QuantizedTensor, as_bytes, dtype_name, dtype_of, same_bits
+from monoquant_core.workers import Stopped, Workers
 
 DEVICE_CHUNKS = 64  #: a task for an accelerator is this many times larger
-POLL_SECONDS = 0.1  #: between looks at the threads: for progress, and for signals
 
 ALLOW = "--nonfinite allow keeps it as it is"
-
-T = TypeVar("T")
-I = TypeVar("I")  # noqa: E741
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +102,7 @@ def write(
     tell = progress or (lambda _: None)
     with (
         Destination(destination, plan.files, force=options.force, sources=protect) as out,
-        _Workers(threads) as workers,
+        Workers(threads) as workers,
     ):
         rows = _RowWorker(source, options, device)
         _scan(works, rows, workers, tell)
@@ -158,7 +153,7 @@ def compute(
     """
     device = find_device(options.device)
     (work,) = _works([step], options, device, stats)
-    with _Workers(_threads(options)) as workers:
+    with Workers(_threads(options)) as workers:
         rows = _RowWorker(source, options, device)
         _scan([work], rows, workers, lambda _: None)
         tasks = [(work, r) for r in work.ranges]
@@ -393,7 +388,7 @@ class _Store:
         exporter: Exporter,
         out: Destination,
         places: Mapping[str, Mapping[str, _Place]],
-        workers: _Workers,
+        workers: Workers,
         info: ModelInfo,
     ) -> None:
         self.exporter, self.out, self.places, self.workers, self.info = exporter, out, places, workers, info
@@ -445,75 +440,8 @@ class _Store:
     def _write(self, file: int, offset: int, tensor: torch.Tensor) -> None:
         data = as_bytes(tensor.cpu()).numpy().data
         if self.workers.stopped.is_set():  # the files may be gone
-            raise _Stopped
+            raise Stopped
         self.out.write_at(file, offset, data)
-
-
-class _Stopped(Exception):
-    """A task that was under way when the run was given up."""
-
-
-class _Workers:
-    """Threads for tasks, each with buffers of its own; torch's own threads rest meanwhile."""
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self.stopped = threading.Event()
-
-    def __enter__(self) -> _Workers:
-        # Process-wide, and for the threads that start from now on.
-        self._torch_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        self._pool = ThreadPoolExecutor(self.threads, "monoquant")
-        self._scratches = [Scratch() for _ in range(self.threads)]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stopped.set()
-        try:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-        finally:
-            torch.set_num_threads(self._torch_threads)
-
-    def map(
-        self,
-        function: Callable[[I, Scratch], T],
-        items: Sequence[I],
-        finished: Callable[[Sequence[I]], None] = lambda _: None,
-    ) -> list[T]:
-        """Results in the order of the items. A thread takes the next item when it is done with one.
-
-        :param finished: called in this thread, a few times a second, with the items that were finished since.
-        :raises Exception: the failure of the first item, in order, that failed.
-        """
-        results: dict[int, T] = {}
-        failures: dict[int, BaseException] = {}
-        done: deque[I] = deque()
-        following = enumerate(items)
-        turn = threading.Lock()
-
-        def work(scratch: Scratch) -> None:
-            with torch.no_grad():
-                while not (failures or self.stopped.is_set()):
-                    with turn:
-                        index, item = next(following, (-1, None))
-                    if item is None:
-                        return
-                    try:
-                        results[index] = function(item, scratch)
-                    except BaseException as exc:  # noqa: BLE001 - raised in the calling thread
-                        failures[index] = exc
-                    done.append(item)
-
-        running = [self._pool.submit(work, scratch) for scratch in self._scratches[: len(items)]]
-        while running:
-            # A wait without end cannot be interrupted everywhere.
-            running = list(wait(running, timeout=POLL_SECONDS).not_done)
-            if not failures and done:
-                finished([done.popleft() for _ in range(len(done))])
-        if failures:  # items are taken in order, so that the first failure does not depend on threads
-            raise failures[min(failures)]
-        return [results[i] for i in range(len(items))]
 
 
 class _Meter:
@@ -548,7 +476,7 @@ def _works(
     return [_Work(s, task_ranges(s, elements), known.get(s.specs[0].name) if s.specs else None, device) for s in steps]
 
 
-def _scan(works: Sequence[_Work], rows: _RowWorker, workers: _Workers, tell: ProgressCallback) -> None:
+def _scan(works: Sequence[_Work], rows: _RowWorker, workers: Workers, tell: ProgressCallback) -> None:
     """The first pass: numbers of whole tensors, for those that are not taken in one piece anyway."""
     tasks = [(work, r) for work in works if work.wants_absmax and len(work.ranges) > 1 for r in work.ranges]
     found = workers.map(rows.absmax, tasks, _Meter("scan", tasks, tell).finished)
@@ -556,7 +484,7 @@ def _scan(works: Sequence[_Work], rows: _RowWorker, workers: _Workers, tell: Pro
         work.absmax = max(work.absmax or 0.0, value)
 
 
-def _compare_ties(decisions: Sequence[Decision], source: Source, workers: _Workers) -> None:
+def _compare_ties(decisions: Sequence[Decision], source: Source, workers: Workers) -> None:
     """Tensors that are left out because the model shares them must be the same in the file."""
     specs = {d.spec.name: d.spec for d in decisions}
     shares: Callable[[str, str], bool] = getattr(source, "shares_storage", lambda *_: False)

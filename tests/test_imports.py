@@ -44,6 +44,7 @@ LAYERS: list[set[str]] = [
         "memory",
         "gather",
         "check",
+        "workers",
         "engine",
     },
     {"api"},

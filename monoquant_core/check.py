@@ -16,7 +16,7 @@ import torch
 from monoquant_core.encoding import ElementType, Encoding, Param, param_shape
 from monoquant_core.metrics import Energies
 from monoquant_core.reencode import flattened, run_length
-from monoquant_core.scratch import Scratch
+from monoquant_core.scratch import WORK, Scratch
 from monoquant_core.tensor import ParamValue, QuantizedTensor, decode, expand, param_values
 
 #: mantissa bits and exponent of the smallest number; parameters are used as float32
@@ -167,7 +167,7 @@ def _per_element(values: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
 
 
 def _buffer(scratch: Scratch, run: int, like: torch.Tensor) -> torch.Tensor:
-    return scratch.take("check.values", (like.numel() // run, run), torch.float32, like.device)
+    return scratch.take(WORK, (like.numel() // run, run), torch.float32, like.device)
 
 
 def _levels(q: QuantizedTensor, columns: _Columns, scratch: Scratch) -> torch.Tensor:

@@ -39,10 +39,10 @@ def unpack_bits(packed: torch.Tensor, bits: int, n: int, *, signed: bool = False
             f"{n} codes of {bits} bits take {-(-n * bits // 8)} bytes of uint8, "
             f"got {packed.dtype} {tuple(packed.shape)}"
         )
+    if bits == 8 and signed:
+        return (packed.contiguous() ^ 0x80).view(torch.int8)
     codes = _codes(packed, bits, n)
-    if not signed:
-        return codes
-    return codes.view(torch.int8).sub_(1 << bits - 1) if bits < 8 else codes.bitwise_xor_(0x80).view(torch.int8)
+    return codes.view(torch.int8).sub_(1 << bits - 1) if signed else codes
 
 
 def pack_words(codes: torch.Tensor, bits: int, *, dim: int = -1) -> torch.Tensor:
@@ -55,7 +55,7 @@ def pack_words(codes: torch.Tensor, bits: int, *, dim: int = -1) -> torch.Tensor
     last = dim in (-1, codes.ndim - 1)
     along = codes if last else codes.movedim(dim, -1)
     words = -(-along.shape[-1] * bits // 32)
-    stream = _stream(along, bits, 4 * words).reshape(-1).contiguous()
+    stream = _stream(along, bits, 4 * words).reshape(-1)
     packed = _aligned(stream).view(torch.int32).view(*along.shape[:-1], words)
     return packed if last else packed.movedim(-1, dim).contiguous()
 
@@ -73,7 +73,8 @@ def unpack_words(packed: torch.Tensor, bits: int, n: int, *, dim: int = -1, sign
             f"got {packed.dtype} {tuple(packed.shape)}"
         )
     stream = along.view(-1).view(torch.uint8).view(*along.shape[:-1], 4 * along.shape[-1])
-    codes = unpack_bits(stream[..., : -(-n * bits // 8)], bits, n, signed=signed)
+    used = -(-n * bits // 8)
+    codes = unpack_bits(stream if stream.shape[-1] == used else stream[..., :used], bits, n, signed=signed)
     return codes if last else codes.movedim(-1, dim).contiguous()
 
 
@@ -115,7 +116,7 @@ def _stream(codes: torch.Tensor, bits: int, nbytes: int) -> torch.Tensor:
     stream = stream.view(*outer, -1)
     if stream.shape[-1] < nbytes:
         return pad(stream, (0, nbytes - stream.shape[-1]))
-    return stream[..., :nbytes]
+    return stream if stream.shape[-1] == nbytes else stream[..., :nbytes]
 
 
 def _codes(stream: torch.Tensor, bits: int, n: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from monoquant_core.blocks import absmax, absmax_scale, from_matrix, in_steps, tensor_magnitude, to_matrix
 from monoquant_core.encoding import FULL, Encoding, param_shape
 from monoquant_core.schemes import Context
+from monoquant_core.scratch import WORK
 from monoquant_core.tensor import QuantizedTensor
 
 LARGEST = 448.0
@@ -35,7 +36,7 @@ def quantize(rows: torch.Tensor, encoding: Encoding, context: Context) -> Quanti
     if tensor_wide:
         magnitude = tensor_magnitude(magnitude, rows, context)
     scale = absmax_scale(magnitude, LARGEST, encoding.scale, rows, context, beyond=BEYOND)
-    steps = scratch.take("float.steps", matrix.shape, torch.float32, matrix.device)
+    steps = scratch.take(WORK, matrix.shape, torch.float32, matrix.device)
     out.view(torch.float8_e4m3fn).copy_(in_steps(matrix, scale, out=steps))
     if out.data_ptr() != codes.data_ptr():
         from_matrix(out, codes, block)

@@ -14,6 +14,7 @@ from monoquant_core.blocks import absmax, absmax_scale, from_matrix, in_steps, p
 from monoquant_core.encoding import FULL, Encoding, param_shape
 from monoquant_core.errors import QuantizationError
 from monoquant_core.schemes import Context
+from monoquant_core.scratch import WORK
 from monoquant_core.tensor import QuantizedTensor
 from monoquant_int.search import SPAN, Codes, best_scale
 
@@ -98,7 +99,7 @@ class _Chunk:
         """Write codes, as the signed bytes that have their bits."""
         low, high = self.encoding.codes_range
         matrix = self.matrix
-        steps = self.context.scratch.take("int.steps", matrix.shape, torch.float32, matrix.device)
+        steps = self.context.scratch.take(WORK, matrix.shape, torch.float32, matrix.device)
         in_steps(matrix, scale, out=steps).round_()
         if zero_point is not None:
             # Floats become signed bytes many times faster than unsigned ones; flipping the top bit adds 128.

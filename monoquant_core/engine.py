@@ -42,6 +42,7 @@ from monoquant_core.exporters import Exporter, Part
 from monoquant_core.gather import Rows, join, read_rows
 from monoquant_core.memory import (
     CHUNK_ELEMENTS,
+    FreedMemory,
     check_steps,
     peak_bytes,
     resident_bytes,
@@ -96,6 +97,7 @@ def write(
         raise PlanError(f"{plan.info.name}: a plan without a format cannot be written")
     began, start_bytes = time.perf_counter(), resident_bytes()
     threads, device = _threads(options), find_device(options.device)
+    predicted = working_bytes(plan, threads, _chunk_elements(options, device))
     works = _works(plan.steps, options, device, stats)
     places = _places(plan)
     protect = [*plan.info.paths, *plan.info.side_files.values()]
@@ -109,7 +111,7 @@ def write(
         _compare_ties(plan.decisions, source, workers)
         store = _Store(plan.exporter, out, places, workers, plan.info)
         tasks = [(work, r) for work in works for r in work.ranges]
-        meter = _Meter("write", tasks, tell)
+        meter, freed = _Meter("write", tasks, tell), FreedMemory(start_bytes + predicted)
 
         def task(item: _Task, scratch: Scratch) -> Energies:
             try:
@@ -120,7 +122,11 @@ def write(
                 raise
             return found
 
-        measured = workers.map(task, tasks, meter.finished)
+        def finished(items: Sequence[_Task]) -> None:
+            meter.finished(items)
+            freed.release()
+
+        measured = workers.map(task, tasks, finished)
         tell(Progress("sync", "", meter.total, meter.total))
         notes = out.commit()
         sizes = out.sizes()
@@ -133,7 +139,7 @@ def write(
         seconds=time.perf_counter() - began,
         start_bytes=start_bytes,
         peak_bytes=peak_bytes(),
-        predicted_bytes=working_bytes(plan, threads, _chunk_elements(options, device)),
+        predicted_bytes=predicted,
         threads=threads,
         device=str(device),
         notes=(*plan.notes, *notes),

@@ -894,6 +894,34 @@ print(report.peak_bytes - report.start_bytes, report.predicted_bytes, report.sou
     assert used <= predicted <= model
 
 
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """What large objects leave between small ones that live on, which C libraries keep."""
+    script = """
+import ctypes
+from monoquant_core.memory import FreedMemory, resident_bytes
+if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+    raise SystemExit("no malloc_trim")
+kept, large = [], []
+for _ in range(600):
+    large.append(bytearray(b"x") * 100_000)
+    kept.append(bytearray(b"x") * 2_000)
+full = resident_bytes()
+del large
+held = resident_bytes()
+FreedMemory(held).release()
+assert resident_bytes() == held
+keeper = FreedMemory(held - 1)
+keeper.release()
+print(full, held, resident_bytes())
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    if "no malloc_trim" in out.stderr or sys.platform != "linux":
+        pytest.skip("the C library cannot be asked")
+    full, held, after = map(int, out.stdout.split())
+    assert held > full - 30_000_000  # it was not given back by itself
+    assert after < full - 50_000_000
+
+
 def test_usable_cores_are_at_least_one() -> None:
     assert usable_cores() >= 1
     script = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"

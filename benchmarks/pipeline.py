@@ -38,7 +38,8 @@ def measure(temp: Path, *, sizes: Sequence[float], rounds: int) -> Section:
     small = temp / "start-up"
     write_checkpoint(small, geometry(START_UP_GB))
     start_up = _runs([_quantize(small, temp / "out") for _ in range(rounds)])
-    rows, gates, peaks = [("start-up", "", *_cells(start_up), "", "", megabytes(start_up.peak), "", "", "")], [], []
+    rows = [("start-up", "", *_cells(start_up), "", "", "", megabytes(start_up.peak), "", "", "")]
+    gates, peaks = [], []
     for size in sizes:
         folder = temp / "checkpoint"
         nbytes = write_checkpoint(folder, geometry(size))
@@ -55,15 +56,16 @@ def measure(temp: Path, *, sizes: Sequence[float], rounds: int) -> Section:
         peaks.append(ours.usual_peak)  # the highest depends on how often it was run
         gates.append(Gate(f"int8 pipeline, {label}: CPU beyond start-up / cp", CPU_GATE, "at most", "x", best, median))
         gates.append(Gate(f"int8 pipeline, {label}: peak above start-up", MEMORY_GATE, "at most", " MB", above))
-        rows.append(("cp -r", label, *_cells(cp), "1x", "1x", "", "", "", ""))
+        rows.append(("cp -r", label, *_cells(cp), f"{cp.cpu.best * 1e9 / nbytes:.2f}", "1x", "1x", "", "", "", ""))
         ratio = f"{number(ours.wall.best / cp.wall.best)}x"
         memory = (megabytes(ours.peak), f"{above:.1f} MB", f"{ours.predicted:.1f} MB", f"{ours.sqnr_db:.1f} dB")
-        rows.append(("quantize", label, *_cells(ours), f"{number(best)}x", ratio, *memory))
+        per_gb = (ours.cpu.best - start_up.cpu.best) * 1e9 / nbytes
+        rows.append(("quantize", label, *_cells(ours), f"{per_gb:.2f}", f"{number(best)}x", ratio, *memory))
     if len(peaks) > 1:
         growth = max(peaks) - min(peaks)
         gates.append(Gate("int8 pipeline: median peak, all sizes: difference", GROWTH_GATE, "at most", " MB", growth))
     header = (
-        "command", "checkpoint", "CPU s", "median", "wall s", "median", "CPU of cp", "wall of cp",
+        "command", "checkpoint", "CPU s", "median", "wall s", "median", "CPU s per GB", "CPU of cp", "wall of cp",
         "peak", "above start-up", "predicted", "SQNR",
     )  # fmt: skip
     return Section(
@@ -71,9 +73,10 @@ def measure(temp: Path, *, sizes: Sequence[float], rounds: int) -> Section:
         f"""`monoquant quantize --scheme int8` of synthetic sharded bf16 Llama checkpoints, nearly all of whose
 bytes are quantized, with the check of every tensor and the SQNR on, against `cp -r` of the same folder; both
 read from the page cache. The outputs are fsynced, cp's is not. CPU is user and system time of the child
-process; start-up is the same command on a checkpoint of {START_UP_GB * 1000:.0f} MB, subtracted before
-comparing CPU with cp's, not from the wall ratio. Peak is VmHWM of the child, the highest of all runs.
-{os.cpu_count()} cores, as many threads. MB and GB are decimal.""",
+process; start-up is the same command on a checkpoint of {START_UP_GB * 1000:.0f} MB, subtracted from CPU per GB
+and from the ratio of CPU, not from wall. What cp costs per GB depends on whether the system has memory for the
+copy at hand or must find it first: compare it across sizes, too. Peak is VmHWM of the child, the highest of all
+runs. {os.cpu_count()} cores, as many threads. MB and GB are decimal.""",
         (Table(header, rows),),
         gates,
     )

@@ -1,0 +1,1 @@
+"""Calibrators for monoquant: from observed activations to ranges."""

@@ -1,0 +1,1 @@
+"""What monoquant-calibration registers."""

@@ -1,0 +1,1 @@
+"""ONNX models for monoquant: read, quantized, written, run by onnxruntime."""

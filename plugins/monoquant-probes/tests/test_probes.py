@@ -12,7 +12,9 @@ import pytest
 from monoquant_probes import cpu, instructions, memory, runtimes, torch_devices
 from monoquant_probes.plugin import monoquant_register_probes
 
+from monoquant_core.cli.doctor import judge, run_probes
 from monoquant_core.declarations import NoOptions, ProbeDeclaration
+from monoquant_core.plugins import load_registry
 from monoquant_core.probes import Finding, ProbeResult
 
 # First lines of real /proc/cpuinfo files and of `sysctl hw.optional machdep.cpu` on real machines, shortened.
@@ -226,6 +228,18 @@ def test_a_missing_runtime_says_what_to_install(
     assert not result.present
     assert result.findings[key].speed == "no"
     assert result.findings[key].install.startswith("pip install ")
+
+
+@pytest.mark.parametrize(("text", "speed"), [(HASWELL, "fast"), (GRAVITON3, "fast"), ("flags\t\t: sse2 avx", "slow")])
+def test_llama_cpp_has_kernels_for_these_processors(text: str, speed: str) -> None:
+    sets = instructions.named(instructions.cpuinfo_flags(text))
+    assert runtimes.ggml_finding(sets).speed == speed
+
+
+def test_every_installed_scheme_is_known_to_a_probe() -> None:
+    registry = load_registry()
+    unknown = [name for name, said in judge(run_probes(registry), "scheme", registry.schemes).items() if not said]
+    assert unknown == []
 
 
 def test_onnxruntime_is_asked_for_its_providers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from monoquant_core.declarations import NoOptions
 from monoquant_core.probes import Finding, ProbeResult
 from monoquant_probes import instructions
-from monoquant_probes.names import CASTS, WEIGHT_ONLY
+from monoquant_probes.names import CASTS, GGML_TYPES, WEIGHT_ONLY
 
 
 def installed(*distributions: str) -> dict[str, str]:
@@ -173,7 +173,18 @@ class LlamaCppProbe(RuntimeProbe):
         found = installed(*self.BINDINGS)
         if not found:
             finding = Finding("no", "no Python binding of llama.cpp installed", "pip install xllamacpp")
-            return ProbeResult("llama.cpp", False, "not here: no binding installed", findings={"format:gguf": finding})
+            findings = {"format:gguf": finding, **{f"scheme:{name}": finding for name in GGML_TYPES}}
+            return ProbeResult("llama.cpp", False, "not here: no binding installed", findings=findings)
         shown = ", ".join(f"{name} {number}" for name, number in found.items())
-        finding = Finding("fast", "its own kernels for every GGUF type")
-        return ProbeResult("llama.cpp", True, shown, facts={"versions": found}, findings={"format:gguf": finding})
+        sets, _ = instructions.instruction_sets()
+        finding = ggml_finding(sets)
+        findings = {"format:gguf": finding, **{f"scheme:{name}": finding for name in GGML_TYPES}}
+        return ProbeResult("llama.cpp", True, shown, facts={"versions": found}, findings=findings)
+
+
+def ggml_finding(sets: tuple[str, ...]) -> Finding:
+    """What llama.cpp's CPU kernels make of every quantized type (ggml/src/ggml-cpu/arch, October 2026)."""
+    for name in ("avx2", "neon"):
+        if name in sets:
+            return Finding("fast", f"{name} kernels for every type: inputs go to 8 bits, products are integers")
+    return Finding("slow", "llama.cpp has only portable code for this processor's instruction sets")

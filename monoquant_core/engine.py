@@ -40,16 +40,7 @@ from monoquant_core.errors import (
 )
 from monoquant_core.exporters import Exporter, Part
 from monoquant_core.gather import Rows, join, read_rows
-from monoquant_core.memory import (
-    CHUNK_ELEMENTS,
-    FreedMemory,
-    check_steps,
-    peak_bytes,
-    resident_bytes,
-    task_ranges,
-    usable_cores,
-    working_bytes,
-)
+from monoquant_core.memory import FreedMemory, peak_bytes, resident_bytes, usable_cores, working_bytes
 from monoquant_core.metrics import Energies, energies
 from monoquant_core.model import ModelInfo, Source, TensorSpec
 from monoquant_core.planning import Decision, Plan, Step
@@ -59,6 +50,7 @@ from monoquant_core.rows import chunks, quantum, row_count, row_length
 from monoquant_core.schemes import Context
 from monoquant_core.scratch import Scratch
 from monoquant_core.stats import TensorStats
+from monoquant_core.tasks import CHUNK_ELEMENTS, check_steps, task_ranges
 from monoquant_core.tensor import QuantizedTensor, as_bytes, dtype_name, dtype_of, same_bits
 from monoquant_core.workers import Stopped, Workers
 

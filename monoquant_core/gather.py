@@ -10,12 +10,12 @@ import torch
 from monoquant_core.encoding import Encoding, Param, param_shape
 from monoquant_core.errors import EncodingError, PlanError, SourceError
 from monoquant_core.exporters import Output
-from monoquant_core.memory import pieces
 from monoquant_core.model import Source, TensorSpec
 from monoquant_core.planning import Step
 from monoquant_core.reencode import lift
 from monoquant_core.rows import all_rows, chunk_shape, row_count, row_length
 from monoquant_core.scratch import Scratch
+from monoquant_core.tasks import pieces
 from monoquant_core.tensor import ParamValue, QuantizedTensor, dtype_name, same_bits
 
 Rows = QuantizedTensor | torch.Tensor

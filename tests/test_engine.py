@@ -33,13 +33,14 @@ from monoquant_core.errors import (
     SourceError,
 )
 from monoquant_core.exporters import Output, Transform
-from monoquant_core.memory import check_steps, task_ranges, task_rows, usable_cores, working_bytes
+from monoquant_core.memory import usable_cores, working_bytes
 from monoquant_core.model import TensorSpec
 from monoquant_core.report import Progress
 from monoquant_core.rows import RowMap, all_rows
 from monoquant_core.schemes import Context
 from monoquant_core.scratch import Scratch
 from monoquant_core.stats import TensorStats
+from monoquant_core.tasks import check_steps, task_ranges, task_rows
 from monoquant_core.tensor import QuantizedTensor, same_bits
 
 

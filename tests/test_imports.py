@@ -41,6 +41,7 @@ LAYERS: list[set[str]] = [
         "planner",
         "reencode",
         "sources",
+        "tasks",
         "memory",
         "gather",
         "check",
@@ -57,7 +58,7 @@ LEAVES = {"cli", "testing"}
 TORCH_FREE = {
     *("errors", "encoding", "options", "declarations", "hookspecs", "plugins", "rows", "report", "model", "stats"),
     *("probes", "runtimes", "schemes", "kinds", "recipe", "exporters", "planning", "selection", "negotiation"),
-    *("planner", "memory", "sources", "api"),
+    *("planner", "tasks", "memory", "sources", "api"),
 }
 
 

@@ -2,7 +2,8 @@
 
 The output's name holds nothing, what it held before, or the complete new output, whenever the process dies. A dead run
 leaves ``.NAME.partial``, or ``.NAME.old`` where a folder cannot be exchanged in one step; the next run with the same
-output removes the one and puts back the other. Imports no torch.
+output removes the one and puts back the other. A file may have companions, whose names it contains: they get their
+names first, and those of the file that it replaces go last. Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fnmatch
 import functools
 import hashlib
 import os
@@ -110,15 +112,14 @@ class Destination:
                 file.finish()
             if self._is_file:
                 self._check_replaceable()
-                for file in sorted(self._files, key=lambda f: f.plan.last):
-                    os.replace(file.path, file.final)
+                self._rename()
             else:
                 self._sync_folders()
                 self._check_replaceable()
                 self._swap()
             _sync_folder(self._target.parent)
         notes = []
-        for left in () if self._is_file else (self._partial, self._old):
+        for left in self._old_companions() if self._is_file else (self._partial, self._old):
             try:
                 _remove(left)
             except OSError as exc:
@@ -137,8 +138,39 @@ class Destination:
                 _remove(self._old)
             else:
                 os.rename(self._old, self._target)
-        for dead in self._hidden_paths():
+        for dead in self._hidden_paths() | self._dead_companions():
             _remove(dead)
+
+    def _rename(self) -> None:
+        """Give files their names: companions first, for good, so that whatever names them finds them."""
+        named = [file for file in self._files if not file.plan.last]
+        last = [file for file in self._files if file.plan.last]
+        for file in named:
+            os.replace(file.path, file.final)
+        if named and last:
+            _sync_folder(self._target.parent)
+        for file in last:
+            os.replace(file.path, file.final)
+
+    def _companion_patterns(self) -> list[str]:
+        return [plan.companions for plan in self._plans if plan.companions]
+
+    def _old_companions(self) -> list[Path]:
+        """What earlier outputs of this name had beside them, and this one does not name."""
+        own = {file.final for file in self._files}
+        folder = self._target.parent
+        return sorted(
+            path
+            for pattern in self._companion_patterns()
+            for path in map(folder.joinpath, fnmatch.filter(os.listdir(folder), pattern))
+            if path not in own and stat.S_ISREG(path.lstat().st_mode)
+        )
+
+    def _dead_companions(self) -> set[Path]:
+        """Companions that other, dead runs had not finished."""
+        folder = self._target.parent
+        patterns = [_hidden(folder / pattern, "partial").name for pattern in self._companion_patterns()]
+        return {folder / name for pattern in patterns for name in fnmatch.filter(os.listdir(folder), pattern)}
 
     def _hidden_paths(self) -> set[Path]:
         """Everything this output may have under hidden names; nothing else is ever removed."""
@@ -260,6 +292,8 @@ class _File:
             self._copy(self.plan.copy_of)
             return
         self.write_at(0, memoryview(self.plan.prefix))
+        for known in self.plan.between:
+            self.write_at(known.offset, memoryview(known.data))
         self.write_at(self.plan.nbytes - len(self.plan.suffix), memoryview(self.plan.suffix))
 
     def write_at(self, offset: int, data: memoryview) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from monoquant_core.errors import (
     PlanError,
     QuantizationError,
 )
-from monoquant_core.exporters import Exporter, Part
+from monoquant_core.exporters import BytesAt, Exporter, Part, PartAt
 from monoquant_core.gather import Rows, join, read_rows
 from monoquant_core.memory import FreedMemory, peak_bytes, resident_bytes, usable_cores, working_bytes
 from monoquant_core.metrics import Energies, energies
@@ -101,8 +101,11 @@ def write(
         rows = _RowWorker(source, options, device)
         _scan(works, rows, workers, tell)
         _compare_ties(plan.decisions, source, workers)
-        store = _Store(plan.exporter, out, places, workers, plan.info)
-        tasks = [(work, r) for work in works for r in work.ranges]
+        late = [work for work in works if work.waits_for]
+        wanted = frozenset(name for work in late for name in work.waits_for)
+        store = _Store(plan.exporter, out, places, workers, plan.info, wanted)
+        first = [(work, r) for work in works if not work.waits_for for r in work.ranges]
+        tasks = [*first, *((work, r) for work in late for r in work.ranges)]
         meter, freed = _Meter("write", tasks, tell), FreedMemory(start_bytes + predicted)
 
         def task(item: _Task, scratch: Scratch) -> Energies:
@@ -118,7 +121,10 @@ def write(
             meter.finished(items)
             freed.release()
 
-        measured = workers.map(task, tasks, finished)
+        measured = workers.map(task, first, finished)
+        for work in late:
+            work.receive(store.kept)
+        measured += workers.map(task, tasks[len(first) :], finished)
         tell(Progress("sync", "", meter.total, meter.total))
         notes = out.commit()
         sizes = out.sizes()
@@ -151,6 +157,8 @@ def compute(
     """
     device = find_device(options.device)
     (work,) = _works([step], options, device, stats)
+    if work.waits_for:
+        raise PlanError(f"{work.name}: is made of other outputs, which only a whole run makes")
     with Workers(_threads(options)) as workers:
         rows = _RowWorker(source, options, device)
         _scan([work], rows, workers, lambda _: None)
@@ -213,6 +221,22 @@ class _Work:
     def wants_absmax(self) -> bool:
         """Whether a first pass must tell the largest magnitude."""
         return self.step.action == "quantize" and "absmax" in self.needs
+
+    @property
+    def waits_for(self) -> tuple[tuple[str, str], ...]:
+        """Parts of other outputs that this one is made of."""
+        transform = self.step.placed.output.transform
+        return transform.of if transform is not None else ()
+
+    def receive(self, parts: Mapping[tuple[str, str], torch.Tensor]) -> None:
+        """Take the parts that it waited for."""
+        placed = self.step.placed
+        transform = placed.output.transform
+        assert transform is not None
+        apply, found = transform.apply, [parts[name] for name in transform.of]
+        given = dataclasses.replace(transform, apply=lambda inputs: apply([*inputs, *found]))
+        output = dataclasses.replace(placed.output, transform=given)
+        self.step = dataclasses.replace(self.step, placed=dataclasses.replace(placed, output=output))
 
     def tell_others(self, rows: range, failure: BaseException) -> None:
         """Let the tasks that wait for the first one know that it failed."""
@@ -388,8 +412,16 @@ class _Store:
         places: Mapping[str, Mapping[str, _Place]],
         workers: Workers,
         info: ModelInfo,
+        wanted: Collection[tuple[str, str]] = (),
     ) -> None:
         self.exporter, self.out, self.places, self.workers, self.info = exporter, out, places, workers, info
+        #: parts that other outputs are made of, by the names of output and part
+        self.kept = {
+            (output, part): torch.empty(place.part.shape, dtype=place.dtype)
+            for output, found in places.items()
+            for part, place in found.items()
+            if (output, part) in wanted
+        }
 
     def put(self, task: _Task, value: Rows) -> None:
         """Store the rows of a task.
@@ -409,7 +441,10 @@ class _Store:
         for name, tensor in packed.items():
             place = parts[name]
             if place.part.per == "rows" or rows.start == 0:
-                self._write(place.file, place.offset + place.span(rows)[0], tensor)
+                first, count = place.span(rows)
+                self._write(place.file, place.offset + first, tensor)
+                if (kept := self.kept.get((work.step.placed.output.name, name))) is not None:
+                    as_bytes(kept)[first : first + count] = as_bytes(tensor.cpu())
 
     def _packed(self, work: _Work, rows: range, value: Rows) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The parts of these rows, and those of the whole tensor as its first rows gave them."""
@@ -524,7 +559,12 @@ def _places(plan: Plan) -> dict[str, dict[str, _Place]]:
     found: dict[str, dict[str, _Place]] = {s.placed.output.name: {} for s in plan.steps}
     for number, file in enumerate(plan.files):
         end = len(file.prefix)
-        for at in sorted(file.parts, key=lambda p: (p.offset, p.nbytes)):
+        for at in sorted((*file.parts, *file.between), key=_span):
+            if isinstance(at, BytesAt):
+                if at.offset < end:
+                    raise PlanError(f"{file.path or plan.format}: bytes at {at.offset} overlap: a bug of the format")
+                end = at.offset + len(at.data)
+                continue
             known = parts.pop((at.output, at.part), None)
             if known is None or known[0].nbytes != at.nbytes or at.offset < end:
                 raise PlanError(f"{file.path or plan.format}: {at.part} is laid out wrongly: a bug of the format")
@@ -533,6 +573,10 @@ def _places(plan: Plan) -> dict[str, dict[str, _Place]]:
     if parts:
         raise PlanError(f"{plan.format}: no file has {[part for _, part in parts][:3]}: a bug of the format")
     return found
+
+
+def _span(at: PartAt | BytesAt) -> tuple[int, int]:
+    return at.offset, len(at.data) if isinstance(at, BytesAt) else at.nbytes
 
 
 def _record(part: Part, rows: int) -> int:

@@ -28,6 +28,9 @@ class Transform:
     """Inputs -> output, of its shape. Floats may have another dtype: they are cast, or quantized as they are."""
     per: Literal["rows", "tensor"]  #: "rows": elementwise on a chunk, shape unchanged; "tensor": needs the inputs whole
     reason: str  #: shown in the plan: "+1: llama.cpp expects the offset applied"
+    of: tuple[tuple[str, str], ...] = ()
+    """Parts of other outputs, by the names of both, that ``apply`` gets after its inputs, as they were packed: the
+    scales of a weight, for its bias. Such an output is made after all that have none, and wholly ("tensor")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,16 +159,28 @@ class PartAt:
 
 
 @dataclass(frozen=True, slots=True)
+class BytesAt:
+    """Bytes known beforehand that lie between the parts of a file, such as the headers of single tensors."""
+
+    offset: int  #: from the start of the file
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class FilePlan:
-    """One file: ``prefix``, parts at their offsets (gaps are zeros), ``suffix``; or a copy of another file."""
+    """One file: ``prefix``, parts and bytes at their offsets (gaps are zeros), ``suffix``; or a copy of another file."""
 
     path: str  #: relative to the output folder; "" when the output itself is this one file
     prefix: bytes = b""
     parts: tuple[PartAt, ...] = ()
     suffix: bytes = b""
+    between: tuple[BytesAt, ...] = ()
     copy_of: Path | None = None
     copy_nbytes: int = 0
     last: bool = field(default=False)  #: committed after the others, because it names them
+    companions: str = ""
+    """Pattern (fnmatch) of the names that companions of this file may have: those that an earlier output of the same
+    name left are deleted once this file has taken its place."""
 
     @property
     def nbytes(self) -> int:
@@ -173,15 +188,19 @@ class FilePlan:
         if self.copy_of is not None:
             return self.copy_nbytes
         end = max((p.offset + p.nbytes for p in self.parts), default=0)
-        return max(end, len(self.prefix)) + len(self.suffix)
+        known = max((b.offset + len(b.data) for b in self.between), default=0)
+        return max(end, known, len(self.prefix)) + len(self.suffix)
 
 
 class Exporter(Protocol):
     """A format with its options bound. Pure: no files, no state; the engine owns all I/O.
 
-    Two more methods are optional, because most formats need neither:
+    More methods are optional, because most formats do not need them:
     ``resolve(specs, info) -> Exporter`` (called once, first: another exporter for this model, such as one convention of
     several), and ``notes(layout: FileLayout) -> Sequence[str]`` (what to tell the user about the file as a whole).
+    A format that needs a graph may have ``read_graph(source, example) -> Source``, called before anything else: the
+    source itself where its graph is of the format's own kind, else one whose tensors are those of the graph that it
+    made of the source. ``example`` is one batch of inputs (a tensor, a tuple or a dict of them), or None.
     An attribute ``recipe: str`` names another default recipe than the declaration's; ``fuses = False`` says that its
     runtimes do not join the members of a fuse group, so that they may get different schemes.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from monoquant_core.errors import PlanError, SourceError
-from monoquant_core.planner import make_plan
+from monoquant_core.planner import graph_source, make_plan
 from monoquant_core.planning import OnUnsupported, Plan
 from monoquant_core.plugins import Registry, load_registry
 from monoquant_core.recipe import Recipe, Rule, keep_rule, load_recipe, parse_set
@@ -58,6 +58,7 @@ def plan(
     set: Sequence[str] = (),
     destination: str = "",
     on_unsupported: OnUnsupported = "error",
+    example: Any = None,
     unsafe_pickle: bool = False,
     registry: Registry | None = None,
 ) -> Plan:
@@ -75,6 +76,7 @@ def plan(
         recipe=recipe,
         keep=keep,
         set=set,
+        example=example,
         unsafe_pickle=unsafe_pickle,
         registry=registry,
     )
@@ -91,12 +93,15 @@ def quantize(
     keep: Sequence[str] = (),
     set: Sequence[str] = (),
     stats: Mapping[str, TensorStats] | None = None,
+    example: Any = None,
     unsafe_pickle: bool = False,
     registry: Registry | None = None,
 ) -> QuantizedModel:
     """A model with the schemes chosen; tensors are quantized when they are asked for or saved.
 
     Parameters as in :func:`plan`; ``stats`` are calibration statistics by tensor name.
+
+    :param example: one batch of inputs (a tensor, a tuple or a dict of them), for formats that trace the model.
 
     :raises MonoquantError: when the source, the recipe or the scheme is refused.
     """
@@ -112,7 +117,7 @@ def quantize(
     except BaseException:
         source.close()
         raise
-    return QuantizedModel(source, registry, scheme, options, loaded, rules, stats)
+    return QuantizedModel(source, registry, scheme, options, loaded, rules, stats, example=example)
 
 
 def load(path: str | os.PathLike[str], *, registry: Registry | None = None) -> QuantizedModel:
@@ -132,6 +137,7 @@ def export(
     scheme: str = "",
     options: Mapping[str, Any] | None = None,
     on_unsupported: OnUnsupported = "error",
+    example: Any = None,
     unsafe_pickle: bool = False,
     registry: Registry | None = None,
     **save: Any,
@@ -144,7 +150,7 @@ def export(
     registry = registry or installed()
     source = open_source(src, registry=registry, unsafe_pickle=unsafe_pickle)
     chosen = scheme if on_unsupported == "requantize" else ""
-    with QuantizedModel(source, registry, chosen, options or {}, quantizing=False) as model:
+    with QuantizedModel(source, registry, chosen, options or {}, quantizing=False, example=example) as model:
         return model.save(path, format, on_unsupported=on_unsupported, **save)
 
 
@@ -182,8 +188,11 @@ class QuantizedModel:
         stats: Mapping[str, TensorStats] | None = None,
         *,
         quantizing: bool = True,
+        example: Any = None,
     ) -> None:
         self.source = source
+        self._example = example
+        self._graphs: dict[str, Source] = {}
         self._registry, self._scheme, self._options = registry, scheme, dict(options or {})
         self._recipe, self._rules, self._stats, self._quantizing = recipe or Recipe(), rules, stats, quantizing
 
@@ -194,8 +203,9 @@ class QuantizedModel:
         self.close()
 
     def close(self) -> None:
-        """Close the source."""
-        self.source.close()
+        """Close the source, and the graphs made of it."""
+        for source in (self.source, *self._graphs.values()):
+            source.close()
 
     def plan(
         self,
@@ -210,7 +220,7 @@ class QuantizedModel:
         :raises MonoquantError: for everything that is known to fail.
         """
         return make_plan(
-            self.source,
+            self._source_for(format, format_options),
             registry=self._registry,
             scheme=self._scheme if self._quantizing or on_unsupported == "requantize" else "",
             scheme_options=self._options,
@@ -249,7 +259,21 @@ class QuantizedModel:
         from monoquant_core.engine import RunOptions, write  # not before the plan: a refusal need not wait for torch
 
         options = RunOptions(threads=threads, device=device, force=force, nonfinite=nonfinite)
-        return write(plan, self.source, path, options, stats=self._stats, progress=progress)
+        source = self._source_for(format, format_options)
+        return write(plan, source, path, options, stats=self._stats, progress=progress)
+
+    def _source_for(self, format: str, values: Mapping[str, Any] | None) -> Source:
+        """What a format reads: the source, or the graph that the format makes of it, once."""
+        if not format:
+            return self.source
+        declared = self._registry.exporter(format)
+        key = f"{declared.name} {sorted((values or {}).items())}"
+        if key not in self._graphs:
+            made = graph_source(self.source, declared, values or {}, self._example)
+            if made is self.source:
+                return made
+            self._graphs[key] = made
+        return self._graphs[key]
 
     def tensors(self) -> Iterator[tuple[str, QuantizedTensor | torch.Tensor]]:
         """Every tensor, one at a time; tied names are left out."""

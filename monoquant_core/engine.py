@@ -50,7 +50,7 @@ from monoquant_core.rows import chunks, quantum, row_count, row_length
 from monoquant_core.schemes import Context
 from monoquant_core.scratch import Scratch
 from monoquant_core.stats import TensorStats
-from monoquant_core.tasks import CHUNK_ELEMENTS, check_steps, task_ranges
+from monoquant_core.tasks import CHUNK_ELEMENTS, check_steps, task_ranges, waits_for
 from monoquant_core.tensor import QuantizedTensor, as_bytes, dtype_name, dtype_of, same_bits
 from monoquant_core.workers import Stopped, Workers
 
@@ -225,8 +225,7 @@ class _Work:
     @property
     def waits_for(self) -> tuple[tuple[str, str], ...]:
         """Parts of other outputs that this one is made of."""
-        transform = self.step.placed.output.transform
-        return transform.of if transform is not None else ()
+        return waits_for(self.step)
 
     def receive(self, parts: Mapping[tuple[str, str], torch.Tensor]) -> None:
         """Take the parts that it waited for."""
@@ -559,7 +558,8 @@ def _places(plan: Plan) -> dict[str, dict[str, _Place]]:
     found: dict[str, dict[str, _Place]] = {s.placed.output.name: {} for s in plan.steps}
     for number, file in enumerate(plan.files):
         end = len(file.prefix)
-        for at in sorted((*file.parts, *file.between), key=_span):
+        placed: list[PartAt | BytesAt] = [*file.parts, *file.between]
+        for at in sorted(placed, key=_span):
             if isinstance(at, BytesAt):
                 if at.offset < end:
                     raise PlanError(f"{file.path or plan.format}: bytes at {at.offset} overlap: a bug of the format")

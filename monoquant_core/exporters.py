@@ -168,7 +168,7 @@ class BytesAt:
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """One file: ``prefix``, parts and bytes at their offsets (gaps are zeros), ``suffix``; or a copy of another file."""
+    """One file: ``prefix``, parts and bytes at their offsets (gaps are zeros), ``suffix``; or a copy of another."""
 
     path: str  #: relative to the output folder; "" when the output itself is this one file
     prefix: bytes = b""

@@ -86,6 +86,19 @@ def make_plan(
     return Plan(info, tuple(decisions), tuple(steps), files, name, exporter, unique, chooser.as_recipe())
 
 
+def graph_source(source: Source, declared: ExporterDeclaration, values: Mapping[str, Any], example: Any) -> Source:
+    """The source as a format that needs a graph wants it: itself, or the graph that the format makes of it.
+
+    :param example: one batch of inputs (a tensor, a tuple or a dict of them), where there is one.
+    :raises MonoquantError: when no graph can be made, saying why.
+    """
+    if declared.needs != "graph":
+        return source
+    exporter = declared.load()(opts.build(declared.options, values, owner=f"--format {declared.name}"))
+    read: Callable[[Source, Any], Source] | None = getattr(exporter, "read_graph", None)
+    return read(source, example) if read else source
+
+
 def load_exporter(
     declared: ExporterDeclaration, values: Mapping[str, Any], specs: Sequence[TensorSpec], info: ModelInfo
 ) -> Exporter:

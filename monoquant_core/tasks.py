@@ -63,14 +63,23 @@ def pieces(step: Step, rows: range) -> list[tuple[TensorSpec, range]]:
     return found
 
 
+def waits_for(step: Step) -> tuple[tuple[str, str], ...]:
+    """Parts of other outputs that an output is made of, by the names of both."""
+    transform = step.placed.output.transform
+    return transform.of if transform is not None else ()
+
+
 def check_steps(steps: Sequence[Step]) -> None:
     """Refuse what no task could do, before anything is read.
 
     :raises PlanError: naming the output.
     """
+    parts = {(s.placed.output.name, p.name) for s in steps for p in s.placed.parts if not waits_for(s)}
     for step in steps:
         out, rows = step.placed.output, step.placed.output.rows
         per_tensor = out.transform is not None and out.transform.per == "tensor"
+        if len(steps) > 1 and waits_for(step) and not (per_tensor and parts.issuperset(waits_for(step))):
+            raise PlanError(f"{out.name}: waits for parts that no other output has: a bug of the format")
         if not step.specs and out.transform is None:
             raise PlanError(f"{out.name}: has no inputs and nothing that computes it: a bug of the format")
         if not per_tensor and step.specs and sum(s.numel for s in step.specs) != out.numel:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from engine_kit import RawExporter, read_back
+
 import monoquant_core as mq
+from monoquant_core.declarations import ExporterDeclaration
 from monoquant_core.errors import (
     MonoquantError,
     OutputError,
@@ -20,7 +28,10 @@ from monoquant_core.errors import (
     SourceError,
     UnknownNameError,
 )
-from monoquant_core.tensor import same_bits
+from monoquant_core.model import ModelInfo
+from monoquant_core.planner import make_plan
+from monoquant_core.sources import StateDictSource
+from monoquant_core.tensor import QuantizedTensor, same_bits
 
 
 class Net(nn.Module):
@@ -283,3 +294,59 @@ def test_closed_models_let_go_of_their_files(tmp_path):
         assert same_bits(model.state_dict()["w"], WEIGHT)
     with pytest.raises((MonoquantError, ValueError, OSError)):
         model.state_dict()
+
+
+class Graph:
+    """What the format below makes of a module: its weights, transposed."""
+
+    def __init__(self, module: nn.Module, example: torch.Tensor) -> None:
+        self.module, self.example = module, example
+
+
+class GraphExporter:
+    """A format that needs a graph of its own kind."""
+
+    made = 0
+
+    def __init__(self, options: object) -> None:
+        self.inner = RawExporter()
+
+    def read_graph(self, source: mq.Source, example: object) -> mq.Source:
+        if isinstance(source.info.graph, Graph):
+            return source
+        if not isinstance(example, torch.Tensor):
+            raise PlanError(f"{source.info.name}: cannot be traced without inputs", hint="give a batch with --data")
+        type(self).made += 1
+        made = StateDictSource({"w.T": source.info.graph.weight.detach().T.contiguous()})
+        made.info = ModelInfo("graph of it", graph=Graph(source.info.graph, example))
+        return made
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+
+def test_a_format_makes_the_graph_that_it_needs_of_a_module(tmp_path, monkeypatch):
+    registry = copy.copy(mq.api.installed())
+    monkeypatch.setitem(sys.modules, "graph_format", types.SimpleNamespace(GraphExporter=GraphExporter))
+    declared = ExporterDeclaration("graph", "one", "graph_format:GraphExporter", suffix=".g", needs="graph")
+    registry.exporters = {**registry.exporters, "graph": declared}
+    layer = nn.Linear(32, 16, bias=False)
+    with (
+        mq.quantize(layer, scheme="int8", registry=registry) as model,
+        pytest.raises(PlanError, match="without inputs"),
+    ):
+        model.plan("graph")
+    GraphExporter.made = 0
+    with mq.quantize(layer, scheme="int8", registry=registry, example=torch.zeros(1, 32)) as model:
+        plan = model.plan("graph")
+        assert [(s.placed.output.name, s.placed.output.shape) for s in plan.steps] == [("w.T", (32, 16))]
+        assert isinstance(plan.info.graph, Graph)
+        model.save(tmp_path / "out", "graph")
+        assert GraphExporter.made == 1
+        made = read_back(plan, tmp_path / "out.g", "w.T")
+        assert {name for name, _ in model.tensors()} == {"weight"}
+    assert isinstance(made, QuantizedTensor)
+    error = (made.dequantize() - layer.weight.detach().T).abs()
+    assert (error <= made.scale * 0.5001).all()
+    with pytest.raises(PlanError, match="needs the model's graph"):
+        make_plan(StateDictSource({"w": torch.zeros(4, 4)}), registry=registry, scheme="int8", format="graph")

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ import pytest
 from monoquant_core import commit
 from monoquant_core.commit import Destination
 from monoquant_core.errors import OutputError, PlanError, SourceError
-from monoquant_core.exporters import FilePlan, PartAt
+from monoquant_core.exporters import BytesAt, FilePlan, PartAt
 
 NEW = b"head" + bytes(4) + b"body" + b"tail"
 ONE = FilePlan("", b"head", (PartAt("t", "p", 8, 4),), b"tail")
@@ -590,6 +591,93 @@ def test_companions_get_their_names_before_the_file_that_names_them(
     (tmp_path / "model.0123.data").write_bytes(b"something else")
     with pytest.raises(OutputError, match=r"model.0123.data: already exists"):
         save(tmp_path / "model.onnx", plans)
+
+
+def graph_and_data(number: int) -> tuple[FilePlan, ...]:
+    data = f"model.000{number}.data"
+    return (
+        FilePlan("", data.encode(), last=True, companions="model.[0-9][0-9][0-9][0-9].data"),
+        FilePlan(data, b"head", (PartAt("t", "p", 8, 4),), b"tail"),
+    )
+
+
+def test_data_of_an_earlier_output_goes_after_the_file_that_named_it(tmp_path: Path) -> None:
+    for name in ("model.abcd.data", "model.0009.data.bak", "other.0001.data"):
+        (tmp_path / name).write_bytes(b"not ours")
+    save(tmp_path / "model.onnx", graph_and_data(1))
+    (tmp_path / ".model.0007.data.partial").write_bytes(b"of a dead run with another plan")
+    (tmp_path / "model.0008.data").write_bytes(b"of a run that died between its renames")
+    save(tmp_path / "model.onnx", graph_and_data(2), force=True)
+    kept = {"model.abcd.data", "model.0009.data.bak", "other.0001.data"}
+    assert set(content(tmp_path)) == kept | {"model.onnx", "model.0002.data"}
+    small = FilePlan("", b"all in one", companions="model.[0-9][0-9][0-9][0-9].data")
+    save(tmp_path / "model.onnx", (small,), force=True)
+    assert set(content(tmp_path)) == kept | {"model.onnx"}
+
+
+def test_data_that_cannot_be_deleted_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "model.onnx", graph_and_data(1))
+    monkeypatch.setattr(commit, "_remove", lambda path: (_ for _ in ()).throw(OSError(errno.EPERM, "not yours")))
+    monkeypatch.setattr(Destination, "_repair", lambda self: None)
+    (note,) = save(tmp_path / "model.onnx", graph_and_data(2), force=True)
+    assert note == f"{tmp_path / 'model.0001.data'}: what was replaced could not be deleted: not yours"
+    assert content(tmp_path / "model.onnx") == b"model.0002.data"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_9_never_leaves_a_graph_without_its_data(tmp_path: Path) -> None:
+    """Killed at every call that changes something: the file under the name always names data that is complete."""
+    code = """
+        import os, signal, sys
+        sys.path.insert(0, sys.argv[1])
+        from pathlib import Path
+        from test_commit import NEW, graph_and_data, save
+        from monoquant_core import commit
+
+        class Dying:
+            def __init__(self, at):
+                self.at, self.calls = at, 0
+            def __getattr__(self, name):
+                real = getattr(os, name)
+                if name not in ("open", "pwrite", "fsync", "replace", "unlink", "close", "posix_fallocate"):
+                    return real
+                def call(*args, **options):
+                    self.calls += 1
+                    if self.calls == self.at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return real(*args, **options)
+                return call
+
+        folder = Path(sys.argv[2])
+        path = folder / "model.onnx"
+        save(path, graph_and_data(0))
+        seen = set()
+        for number in range(1, 200):
+            pid = os.fork()
+            if pid == 0:
+                commit.os = Dying(number)
+                save(path, graph_and_data(number % 10), force=True)
+                os._exit(0)
+            _, status = os.waitpid(pid, 0)
+            named = path.read_text()
+            assert (folder / named).read_bytes() == NEW, number
+            seen.add(named == f"model.000{number % 10}.data")
+            if os.WIFEXITED(status):
+                break
+        assert seen == {True, False}
+        assert sorted(p.name for p in folder.iterdir()) == sorted(["model.onnx", named])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", dedent(code), str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_bytes_lie_between_parts(tmp_path: Path) -> None:
+    plan = FilePlan("", b"head", (PartAt("t", "p", 8, 4),), between=(BytesAt(5, b"!!"), BytesAt(12, b"more")))
+    assert plan.nbytes == 16
+    save(tmp_path / "out", (plan,))
+    assert content(tmp_path / "out") == b"head\0!!\0bodymore"
 
 
 @pytest.mark.parametrize("path", ["../x", "/x", "a/../b", "a//b", "./a", "a\\b", "c:x", "a\0b"])

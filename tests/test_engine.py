@@ -958,3 +958,32 @@ def test_a_scheme_whose_encoding_the_format_reencodes(tmp_path: Path) -> None:
     assert back.encoding == held
     assert same_bits(back.codes, q.codes)
     assert per_tensor(2) != held.block
+
+
+def test_an_output_may_be_made_of_parts_of_others(tmp_path: Path) -> None:
+    """A bias in steps of its weight's scales: made when they are known, whatever the threads and chunks."""
+
+    def steps(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        bias, scale = inputs
+        return torch.round(bias / (0.5 * scale.reshape(-1))).to(torch.int32)
+
+    weight, bias = weights(64, 16), weights(64, seed=1)
+    transform = Transform(steps, "tensor", "in steps of what its weight's codes are", of=(("w", "w.scale"),))
+    outputs = [
+        Output("b", (64,), "int32", ("b",), transform=transform),
+        Output("w", (64, 16), "float32", ("w",)),
+    ]
+    source = DictSource({"b": bias, "w": weight})
+    plan = make_plan(source, RawExporter(outputs), {"w": Tiny(8)})
+    plan = dataclasses.replace(plan, steps=(dataclasses.replace(plan.steps[0], action="derive"), plan.steps[1]))
+    for threads, chunk in ((1, 1 << 19), (3, 48)):
+        report = write(plan, source, tmp_path / "out", RunOptions(threads=threads, chunk_elements=chunk, force=True))
+        made = whole(Tiny(8), weight)
+        assert isinstance(made.scale, torch.Tensor)
+        assert np.array_equal(read_part(plan, tmp_path / "out", "b"), steps([bias, made.scale]).numpy())
+        assert [t.name for t in report.tensors] == ["w", "b"]
+    with pytest.raises(PlanError, match="which only a whole run makes"):
+        compute(plan.steps[0], source)
+    lost = dataclasses.replace(plan, steps=(plan.steps[0],) * 2)
+    with pytest.raises(PlanError, match="b: waits for parts that no other output has"):
+        write(lost, source, tmp_path / "other")

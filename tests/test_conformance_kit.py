@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -12,9 +12,11 @@ import torch
 from monoquant_core.encoding import FULL, INT4, INT8, UINT8, Encoding, per_channel
 from monoquant_core.errors import CalibrationError, QuantizationError
 from monoquant_core.model import TensorSpec
+from monoquant_core.observed import checked_state
 from monoquant_core.rows import chunks, quantum
 from monoquant_core.schemes import Context, Proposal, Refusal
 from monoquant_core.scratch import Scratch
+from monoquant_core.stats import usable_range
 from monoquant_core.tensor import QuantizedTensor
 from monoquant_core.testing import CalibratorConformance, QuantizerConformance
 from monoquant_core.testing.checks import half_step_excess
@@ -335,27 +337,37 @@ def test_an_inexact_scheme_must_beat_zero() -> None:
 class MinMax:
     """The smallest calibrator that keeps every promise."""
 
-    def __init__(self) -> None:
-        self.low = self.high = 0.0
-        self.seen = 0
+    order_matters = False
 
-    def observe(self, values: torch.Tensor) -> None:
+    def __init__(self) -> None:
+        self.ends = torch.zeros(2)
+        self.seen = torch.tensor(0)
+
+    def observe(self, values: torch.Tensor, axis: int = -1) -> None:
         if not values.numel():
             return
         if not bool(values.isfinite().all()):
             raise CalibrationError("NaN or infinity")
-        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
-        self.seen += values.numel()
+        low, high = values.float().min(), values.float().max()
+        self.ends = torch.stack([self.ends[0].minimum(low), self.ends[1].maximum(high)])
+        self.seen = self.seen + values.numel()
 
     def merge(self, other: MinMax) -> None:
-        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
-        self.seen += other.seen
+        self.ends = torch.stack([self.ends[0].minimum(other.ends[0]), self.ends[1].maximum(other.ends[1])])
+        self.seen = self.seen + other.seen
 
     def range(self) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.seen:
             raise CalibrationError("nothing was observed")
-        tiny = torch.finfo(torch.float32).tiny
-        return torch.tensor(self.low).double(), torch.tensor(max(self.high, self.low + tiny)).double()
+        low, high = self.ends.unbind()
+        return usable_range(low, high)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"ends": self.ends.clone(), "seen": self.seen.clone()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        wanted = {"ends": (torch.float32, (2,)), "seen": (torch.int64, ())}
+        self.ends, self.seen = checked_state(state, wanted).values()
 
 
 class Positive(MinMax):
@@ -367,39 +379,85 @@ class Positive(MinMax):
 class Empty(MinMax):
     def range(self) -> tuple[torch.Tensor, torch.Tensor]:
         super().range()
-        return torch.tensor(self.low), torch.tensor(self.high)
+        low, high = self.ends.unbind()
+        return low, high
+
+
+class Double(MinMax):
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = super().range()
+        return low.double(), high.double()
 
 
 class Unobserved(MinMax):
     def range(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self.seen = self.seen or 1
+        self.seen = self.seen.clamp(min=1)
         return super().range()
 
 
 class Nan(MinMax):
-    def observe(self, values: torch.Tensor) -> None:
+    def observe(self, values: torch.Tensor, axis: int = -1) -> None:
         super().observe(values.nan_to_num(posinf=0, neginf=0))
 
 
+class TakesInWhatItRefuses(MinMax):
+    def observe(self, values: torch.Tensor, axis: int = -1) -> None:
+        super().observe(values.nan_to_num(posinf=0, neginf=0))
+        super().observe(values)
+
+
 class Scribbles(MinMax):
-    def observe(self, values: torch.Tensor) -> None:
+    def observe(self, values: torch.Tensor, axis: int = -1) -> None:
         super().observe(values)
         values.zero_()
 
 
+class OnlyMatrices(MinMax):
+    def observe(self, values: torch.Tensor, axis: int = -1) -> None:
+        super().observe(values if values.ndim < 3 else values[1])
+
+
+class AnyChannels(MinMax):
+    """For each channel, and forgets how many there were."""
+
+    def observe(self, values: torch.Tensor, axis: int = -1) -> None:
+        rows = values.movedim(axis, -1).reshape(-1, values.shape[axis]).float()
+        if rows.numel():
+            self.ends = torch.stack([rows.amin(0), rows.amax(0)])
+            self.seen = self.seen + 1
+
+
 class LastOne(MinMax):
-    def observe(self, values: torch.Tensor) -> None:
-        self.low = self.high = 0.0
+    def observe(self, values: torch.Tensor, axis: int = -1) -> None:
+        self.ends = torch.zeros(2)
         super().observe(values)
+
+
+class DeclaresOrder(MinMax):
+    order_matters = True
 
 
 class Forgetful(MinMax):
     def merge(self, other: MinMax) -> None:
-        self.seen += other.seen
+        self.seen = self.seen + other.seen
+
+
+class Takes(MinMax):
+    """Shares memory with what it was merged with."""
+
+    def observe(self, values: torch.Tensor, axis: int = -1) -> None:
+        before = self.ends
+        super().observe(values)
+        before.copy_(self.ends)
+        self.ends = before
+
+    def merge(self, other: MinMax) -> None:
+        super().merge(other)
+        other.ends = self.ends
 
 
 class Half(MinMax):
-    def observe(self, values: torch.Tensor) -> None:
+    def observe(self, values: torch.Tensor, axis: int = -1) -> None:
         super().observe(values if values.dtype == torch.float32 else values * 2)
 
 
@@ -409,20 +467,66 @@ class Clips(MinMax):
         return low * 0.9, high * 0.9
 
 
+class Amnesia(MinMax):
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {**super().state_dict(), "ends": torch.zeros(2)}
+
+
+class SharesItsState(MinMax):
+    def observe(self, values: torch.Tensor, axis: int = -1) -> None:
+        before = self.ends
+        super().observe(values)
+        self.ends = before.copy_(self.ends)
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.ends, self.seen = state["ends"], state["seen"]
+
+
+class Trusting(MinMax):
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.ends = state.get("ends", self.ends)
+        self.seen = state.get("seen", self.seen)
+
+
+class Hoards(MinMax):
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[torch.Tensor] = []
+
+    def observe(self, values: torch.Tensor, axis: int = -1) -> None:
+        super().observe(values)
+        self.batches.append(values)
+
+
 class NoMerge(MinMax):
     merge = None  # type: ignore[assignment]
 
 
+class Undeclared(MinMax):
+    order_matters = None  # type: ignore[assignment]
+
+
 CALIBRATOR_SABOTAGE = [
     (NoMerge, "test_satisfies_the_protocol"),
+    (Undeclared, "test_satisfies_the_protocol"),
     (Positive, "test_range_holds_zero"),
     (Empty, "test_range_holds_zero"),
+    (Double, "test_range_holds_zero"),
     (Unobserved, "test_nothing_observed"),
     (Nan, "test_refuses_what_is_not_finite"),
+    (TakesInWhatItRefuses, "test_refuses_what_is_not_finite"),
     (Scribbles, "test_leaves_its_input_alone"),
     (Half, "test_dtypes"),
+    (OnlyMatrices, "test_any_shape"),
+    (AnyChannels, "test_any_shape"),
     (LastOne, "test_order_does_not_matter"),
+    (DeclaresOrder, "test_order_does_not_matter"),
     (Forgetful, "test_merging_is_observing_everything"),
+    (Takes, "test_merging_leaves_the_other_alone"),
+    (Amnesia, "test_state"),
+    (SharesItsState, "test_state"),
+    (Trusting, "test_refuses_a_damaged_state"),
+    (Hoards, "test_memory_is_constant"),
     (Clips, "test_widest_is_the_minimum_and_the_maximum"),
 ]
 CALIBRATOR_TESTS = [name for name in vars(CalibratorConformance) if name.startswith("test_")]

@@ -1,4 +1,4 @@
-"""Statistics: what cannot be, and merging against observing everything at once."""
+"""Statistics: what cannot be, and what is said of columns and ranges."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from monoquant_core.errors import CalibrationError
-from monoquant_core.stats import TensorStats
+from monoquant_core.stats import TensorStats, input_stats, usable_range
 
 ZERO, ONE = torch.zeros(()), torch.ones(())
 
@@ -18,7 +16,7 @@ REFUSALS = {
     "nothing observed": (lambda: TensorStats(0, ZERO, ONE), "statistics of 0 observations: nothing was observed"),
     "negative count": (lambda: TensorStats(-1, ZERO, ONE), "nothing was observed"),
     "shapes": (lambda: TensorStats(1, torch.zeros(3), torch.ones(4)), "minimum (3,), maximum (4,)"),
-    "matrices": (lambda: TensorStats(1, torch.zeros(2, 2), torch.ones(2, 2)), "numbers or vectors, got 2 axes"),
+    "matrices": (lambda: TensorStats(1, torch.zeros(2, 2), torch.ones(2, 2)), "a number or a vector, got 2 axes"),
     "NaN minimum": (lambda: TensorStats(1, ZERO * math.nan, ONE), "minimum is not finite"),
     "infinite maximum": (lambda: TensorStats(1, ZERO, ONE * math.inf), "maximum is not finite"),
     "NaN importance": (lambda: TensorStats(1, ZERO, ONE, torch.tensor([math.nan])), "importance is not finite"),
@@ -31,6 +29,13 @@ REFUSALS = {
         "a vector of non-negative numbers",
     ),
     "scalar importance": (lambda: TensorStats(1, ZERO, ONE, ONE), "a vector of non-negative numbers"),
+    "half a range": (lambda: TensorStats(1, ZERO, ONE, low=ZERO), "a low and a high end"),
+    "another half": (lambda: TensorStats(1, ZERO, ONE, low=ZERO, high=torch.ones(2)), "of the same shape"),
+    "without zero": (lambda: TensorStats(1, ZERO, ONE, low=ONE, high=2 * ONE), "is not empty and holds zero"),
+    "an empty range": (lambda: TensorStats(1, ZERO, ONE, low=ZERO, high=ZERO), "is not empty and holds zero"),
+    "an infinite range": (lambda: TensorStats(1, ZERO, ONE, low=-ONE / 0, high=ONE), "low is not finite"),
+    "a negative share": (lambda: TensorStats(1, ZERO, ONE, clipped=-0.1), "clipped is a non-negative number, got -0.1"),
+    "no ratio": (lambda: TensorStats(1, ZERO, ONE, outlier=math.nan), "outlier is a non-negative number, got nan"),
 }
 
 
@@ -42,53 +47,41 @@ def test_refuses(case: str) -> None:
     assert message in str(caught.value)
 
 
-def observe(batch: torch.Tensor) -> TensorStats:
-    histogram = torch.histc(batch, 16, -4, 4).to(torch.int64)
-    low, high = batch.amin(0), batch.amax(0)
-    return TensorStats(len(batch), low, high, batch.double().square().mean(0).float(), histogram)
+def test_columns_that_say_nothing_are_counted() -> None:
+    low, high = torch.tensor([0.0, 0.0, 2.0, -1.0, -1.0]), torch.tensor([0.0, 1.0, 2.0, -1.0, 0.0])
+    stats = TensorStats(9, low, high)
+    assert (stats.dead, stats.constant) == (1, 2)
+    assert TensorStats(1, low, high).constant == 0, "one row cannot vary"
+    assert (TensorStats(9, ZERO, ZERO).dead, TensorStats(9, ZERO, ONE).dead) == (1, 0)
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.lists(st.integers(1, 9), min_size=2, max_size=5), st.integers(0, 99))
-def test_merging_shards_is_observing_everything(sizes: list[int], seed: int) -> None:
-    batches = [torch.randn(n, 6, generator=torch.Generator().manual_seed(seed + n)) for n in sizes]
-    merged = observe(batches[0])
-    for batch in batches[1:]:
-        merged = merged.merge(observe(batch))
-    whole = observe(torch.cat(batches))
-    assert merged.count == whole.count
-    assert torch.equal(merged.minimum, whole.minimum)
-    assert torch.equal(merged.maximum, whole.maximum)
-    assert merged.importance is not None
-    assert whole.importance is not None
-    torch.testing.assert_close(merged.importance, whole.importance, rtol=1e-6, atol=0)
+@pytest.mark.parametrize(
+    ("low", "high", "usable"),
+    [
+        ((-1.0), 2.0, (-1.0, 2.0)),
+        (1.0, 2.0, (0.0, 2.0)),
+        (-2.0, -1.0, (-2.0, 0.0)),
+        (0.0, 0.0, (0.0, 1.0)),
+        (1e-40, 1e-40, (0.0, 1.0)),
+        (-1e-30, 0.0, (-1e-30, 0.0)),
+        (-3e38, 3e38, (-3e38, 3e38)),
+    ],
+)
+def test_usable_ranges_hold_zero_and_more(low: float, high: float, usable: tuple[float, float]) -> None:
+    for shape in ((), (2,)):
+        found = usable_range(torch.full(shape, low).double(), torch.full(shape, high).double())
+        assert [t.dtype for t in found] == [torch.float32] * 2
+        for end, wanted in zip(found, usable, strict=True):
+            assert torch.equal(end, torch.full(shape, wanted))
+        TensorStats(1, ZERO, ONE, low=found[0], high=found[1])
 
 
-def test_merge_weights_by_count() -> None:
-    a = TensorStats(3, ZERO, ONE, torch.tensor([4.0]))
-    b = TensorStats(1, -ONE, ZERO, torch.tensor([8.0]))
-    for merged in (a.merge(b), b.merge(a)):
-        assert merged.count == 4
-        assert merged.importance is not None
-        assert merged.importance.tolist() == [5.0]
-        assert merged.minimum.item() == -1.0
-        assert merged.maximum.item() == 1.0
-
-
-def test_merge_keeps_what_both_have() -> None:
-    bins = torch.tensor([1, 2])
-    full = TensorStats(1, ZERO, ONE, torch.tensor([1.0]), bins)
-    assert full.merge(TensorStats(1, ZERO, ONE)).importance is None
-    both = full.merge(full)
-    assert both.histogram is not None
-    assert both.histogram.tolist() == [2, 4]
-    assert full.merge(TensorStats(1, ZERO, 2 * ONE, histogram=bins)).histogram is None
-    assert full.merge(TensorStats(1, ZERO, ONE, histogram=torch.tensor([1, 2, 3]))).histogram is None
-
-
-def test_merge_refuses_other_shapes() -> None:
-    with pytest.raises(CalibrationError, match=r"cannot merge \(\) with \(3,\)"):
-        TensorStats(1, ZERO, ONE).merge(TensorStats(1, torch.zeros(3), torch.ones(3)))
-    a = TensorStats(1, ZERO, ONE, torch.ones(2))
-    with pytest.raises(CalibrationError, match="importance of different lengths"):
-        a.merge(TensorStats(1, ZERO, ONE, torch.ones(3)))
+def test_input_stats_are_found_by_module_and_by_tensor() -> None:
+    conv, root, projection, named = (TensorStats(n, ZERO, ONE) for n in (1, 2, 3, 4))
+    stats = {"layer1.conv:input": conv, ":input": root, "attn.in_proj_weight:input": projection, "head.weight": named}
+    assert input_stats(stats, "layer1.conv.weight") is conv
+    assert input_stats(stats, "weight") is root
+    assert input_stats(stats, "attn.in_proj_weight") is projection
+    assert input_stats(stats, "head.weight") is named
+    assert input_stats(stats, "layer2.conv.weight") is None
+    assert input_stats({"head.weight": named, "head:input": conv}, "head.weight") is conv, "the point is what is meant"

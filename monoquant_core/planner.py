@@ -61,7 +61,7 @@ def make_plan(
     exporter = declared = None
     if format:
         declared = registry.exporter(format)
-        exporter = load_exporter(declared, format_options or {}, specs, info)
+        exporter = load_exporter(registry, declared, format_options or {}, specs, info)
     format_base = getattr(exporter, "recipe", "") or (declared.recipe if declared else "")
     chooser = Chooser(registry, recipe, rules, scheme, scheme_options or {}, info, specs, format_base)
     decisions = [chooser.decide(spec) for spec in specs]
@@ -100,7 +100,11 @@ def graph_source(source: Source, declared: ExporterDeclaration, values: Mapping[
 
 
 def load_exporter(
-    declared: ExporterDeclaration, values: Mapping[str, Any], specs: Sequence[TensorSpec], info: ModelInfo
+    registry: Registry,
+    declared: ExporterDeclaration,
+    values: Mapping[str, Any],
+    specs: Sequence[TensorSpec],
+    info: ModelInfo,
 ) -> Exporter:
     """An exporter with its options bound, resolved for this model."""
     if declared.needs == "graph" and info.graph is None:
@@ -108,7 +112,9 @@ def load_exporter(
             f"{info.name}: --format {declared.name} needs the model's graph, and a checkpoint has only tensors",
             hint="quantize from a module, a .pt2 program or an .onnx file",
         )
-    exporter: Exporter = declared.load()(opts.build(declared.options, values, owner=f"--format {declared.name}"))
+    exporter: Exporter = registry.make(
+        declared, opts.build(declared.options, values, owner=f"--format {declared.name}")
+    )
     resolve: Callable[..., Exporter] | None = getattr(exporter, "resolve", None)
     return resolve(specs, info) if resolve else exporter
 

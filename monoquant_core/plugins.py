@@ -122,6 +122,18 @@ class Registry:
         """
         return self._lookup(self.runtimes, name, "runtime")
 
+    def make(self, declared: Declaration, options: object) -> Any:
+        """What a declaration names, with its options.
+
+        If it has a method ``use(registry)``, that is called first of all: plugins with hooks of their own ask the
+        registry that is in use, not the installed plugins.
+        """
+        made = declared.load()(options)
+        use = getattr(made, "use", None)
+        if callable(use):
+            use(self)
+        return made
+
     def _lookup(self, table: dict[str, D], name: str, what: str) -> D:
         if name.lower() in table:
             return table[name.lower()]

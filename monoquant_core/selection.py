@@ -119,7 +119,7 @@ class Chooser:
             }
             bound: Any = opts.build(declared.options, typed, owner=declared.name)
             changed = [f"{k}={getattr(bound, k)}" for k, i in infos.items() if getattr(bound, k) != i.default]
-            self._bound[key] = (" ".join([declared.name, *changed]), declared.load()(bound))
+            self._bound[key] = (" ".join([declared.name, *changed]), self.registry.make(declared, bound))
         return self._bound[key]
 
     def as_recipe(self) -> dict[str, Any]:
@@ -151,7 +151,8 @@ class Chooser:
         if name.lower() in builtin:
             return builtin[name.lower()].rules(info, specs)
         declared = self.registry.recipe(name)
-        source: RecipeSource = declared.load()(opts.build(declared.options, values, owner=declared.name))
+        options = opts.build(declared.options, values, owner=declared.name)
+        source: RecipeSource = self.registry.make(declared, options)
         return source.rules(info, specs)
 
     def _check_rules_match(self, specs: Sequence[TensorSpec]) -> None:

@@ -273,11 +273,13 @@ def _open_path(src: str | os.PathLike[str], registry: Registry | None, *, unsafe
 
 
 def _open_by_plugin(path: Path, registry: Registry | None, notes: list[str]) -> Source | None:
-    for declared in registry.sources.values() if registry is not None else ():
+    if registry is None:
+        return None
+    for declared in registry.sources.values():
         if not _takes(declared, path):
             continue
         try:
-            reader: SourceReader = declared.load()(declared.options())
+            reader: SourceReader = registry.make(declared, declared.options())
             recognised = reader.recognises(path)
         except Exception as exc:  # noqa: BLE001 - a broken reader must not take those of others down
             reason = exc.reason if isinstance(exc, PluginError) else repr(exc)

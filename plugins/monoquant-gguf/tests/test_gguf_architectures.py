@@ -247,12 +247,15 @@ class CousinPlugin:
         return [Cousin]
 
 
-def test_a_plugin_brings_an_architecture(tmp_path: Path, llamacpp: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_brings_an_architecture(tmp_path: Path, llamacpp: ModuleType) -> None:
     model = build("Llama", {}, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "model_type": "cousin"}))
-    monkeypatch.setattr(architectures, "load_registry", lambda: load_registry(extra=(CousinPlugin,)))
-    mq.export(tmp_path / "model", tmp_path / "m.gguf", "gguf", format_options={"outtype": "f32", "tokenizer": "none"})
+    options = {"outtype": "f32", "tokenizer": "none"}
+    with pytest.raises(PlanError, match="model_type 'cousin'"):
+        mq.export(tmp_path / "model", tmp_path / "m.gguf", "gguf", format_options=options)
+    registry = load_registry(extra=(CousinPlugin,))
+    mq.export(tmp_path / "model", tmp_path / "m.gguf", "gguf", format_options=options, registry=registry)
     ids = list(range(3, 20))
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0].numpy()

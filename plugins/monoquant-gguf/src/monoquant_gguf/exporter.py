@@ -23,6 +23,7 @@ from monoquant_core.exporters import (
     Verdict,
 )
 from monoquant_core.model import ModelInfo, TensorSpec
+from monoquant_core.plugins import Registry
 from monoquant_core.reencode import can_reencode
 from monoquant_core.rows import chunk_shape, row_count, row_length
 from monoquant_core.schemes import Proposal
@@ -74,6 +75,11 @@ class GgufExporter:
         self._options = options
         self._architecture = architecture
         self._model = model
+        self._registry: Registry | None = None
+
+    def use(self, registry: Registry) -> None:
+        """Whose plugins bring architectures."""
+        self._registry = registry
 
     def resolve(self, specs: Sequence[TensorSpec], info: ModelInfo) -> GgufExporter:
         """The exporter for this model.
@@ -84,7 +90,7 @@ class GgufExporter:
         if wanted.lower() == architectures.GENERIC or (wanted == "auto" and VERSION_KEY in info.metadata):
             return self
         model = Model(info, {spec.name: spec.shape for spec in specs}, info.side_files)
-        return GgufExporter(self._options, architectures.find(info, wanted), model)
+        return GgufExporter(self._options, architectures.find(info, wanted, self._registry), model)
 
     def outputs(self, specs: Sequence[TensorSpec], info: ModelInfo) -> Sequence[Output | Drop]:
         """llama.cpp's names, orders and changes of values; every tensor as it is where there is no architecture."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from monoquant_core.errors import PlanError
 from monoquant_core.model import ModelInfo, TensorSpec
+from monoquant_core.plugins import Registry
 from monoquant_core.recipe import KEEP, Rule
 from monoquant_gguf import imatrix
 from monoquant_gguf.plugin import MixtureOptions
@@ -50,6 +51,11 @@ class Mixture:
     def __init__(self, name: str, options: MixtureOptions) -> None:
         self.name, self.options = name, options
         self.default = _DEFAULT.get(name, name)
+        self._registry: Registry | None = None
+
+    def use(self, registry: Registry) -> None:
+        """Whose plugins bring architectures."""
+        self._registry = registry
 
     def rules(self, info: ModelInfo, specs: Sequence[TensorSpec]) -> Sequence[Rule]:
         """A rule for each type and reason, and one for what stays a float."""
@@ -71,7 +77,7 @@ class Mixture:
 
     def _check_imatrix(self, info: ModelInfo, types: Mapping[str, object]) -> None:
         entries = imatrix.load(self.options.imatrix).entries
-        if not any(target in entries for name in types for target in targets_of(name)):
+        if not any(target in entries for name in types for target in targets_of(name, self._registry)):
             raise PlanError(
                 f"{self.options.imatrix}: none of its {len(entries)} tensors is in {info.name}",
                 hint=f"it is of another model; it has {', '.join(list(entries)[:3])}",
@@ -79,7 +85,7 @@ class Mixture:
 
     def types(self, info: ModelInfo, specs: Sequence[TensorSpec]) -> dict[str, tuple[str, str]]:
         """Type and reason of every tensor that is quantized, by the source's name."""
-        places = roles(info, specs)
+        places = roles(info, specs, self._registry)
         shape = _shape(info, specs, places)
         rows = {spec.name: spec.shape[-1] for spec in specs if spec.shape}
         # llama-quantize counts as it goes: first what is in no block, then block by block.

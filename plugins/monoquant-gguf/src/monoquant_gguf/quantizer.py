@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from monoquant_core.encoding import Encoding
 from monoquant_core.model import TensorSpec
+from monoquant_core.plugins import Registry
 from monoquant_core.schemes import Context, Proposal, Refusal, unsuitable
 from monoquant_gguf import imatrix
 from monoquant_gguf.layouts import by_name
@@ -45,8 +46,13 @@ class GgmlQuantizer:
             self.layouts.append(by_name(FALLBACKS[name]))
         self.keeps_zero = all(layout.name in KEEPS_ZERO for layout in self.layouts)
         self.nearest = all(layout.name in NEAREST for layout in self.layouts)
+        self._registry: Registry | None = None
         if options.imatrix:
             imatrix.load(options.imatrix)  # what is wrong with it is said in planning
+
+    def use(self, registry: Registry) -> None:
+        """Whose plugins bring architectures."""
+        self._registry = registry
 
     def propose(self, spec: TensorSpec) -> Proposal | Refusal:
         """The type's encoding, or why there is none; where its blocks do not divide rows, an allowed fallback's."""
@@ -90,7 +96,7 @@ class GgmlQuantizer:
         if not self.options.imatrix or context.importance is not None:
             return None
         found = imatrix.load(self.options.imatrix)
-        names = targets_of(context.spec.name)
+        names = targets_of(context.spec.name, self._registry)
         return next((v for v in (found.importance(name, columns) for name in names) if v is not None), None)
 
 

@@ -6,10 +6,15 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from monoquant_core.errors import PlanError
 from monoquant_core.kinds import KEPT_KINDS
 from monoquant_core.model import ModelInfo, TensorSpec
+from monoquant_core.plugins import Registry
+
+if TYPE_CHECKING:
+    from monoquant_gguf.architectures.base import Architecture
 
 #: llama.cpp's name without block and ``.weight``, by how names of other architectures end
 _ENDINGS = (
@@ -42,9 +47,12 @@ class Role:
     layer: int  #: -1 outside of blocks
 
 
-def roles(info: ModelInfo, specs: Sequence[TensorSpec]) -> dict[str, Role]:
-    """The role of every tensor that llama-quantize would quantize, by the source's name."""
-    targets = _known(info, specs) or {spec.name: _guess(spec) for spec in specs}
+def roles(info: ModelInfo, specs: Sequence[TensorSpec], registry: Registry | None = None) -> dict[str, Role]:
+    """The role of every tensor that llama-quantize would quantize, by the source's name.
+
+    :param registry: whose plugins may bring the model's architecture; by default those that are installed.
+    """
+    targets = _known(info, specs, registry) or {spec.name: _guess(spec) for spec in specs}
     found = {}
     for spec in specs:
         target = targets.get(spec.name)
@@ -57,25 +65,31 @@ def roles(info: ModelInfo, specs: Sequence[TensorSpec]) -> dict[str, Role]:
     return found
 
 
-@functools.lru_cache(maxsize=4096)
-def targets_of(name: str) -> tuple[str, ...]:
+def targets_of(name: str, registry: Registry | None = None) -> tuple[str, ...]:
     """What a tensor may be called by llama.cpp, whatever the model: its own name first."""
-    from monoquant_gguf.architectures import BUILT_IN
+    from monoquant_gguf.architectures import BUILT_IN, of_plugins
 
+    return _targets(name, (*BUILT_IN, *of_plugins(registry)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _targets(name: str, architectures: tuple[type[Architecture], ...]) -> tuple[str, ...]:
     found = [name]
-    for architecture in BUILT_IN:
+    for architecture in architectures:
         target = architecture().target(name)
         if target is not None:
             found.append(target[0] if isinstance(target, tuple) else target)
     return tuple(dict.fromkeys(found))
 
 
-def _known(info: ModelInfo, specs: Sequence[TensorSpec]) -> dict[str, str | None] | None:
+def _known(
+    info: ModelInfo, specs: Sequence[TensorSpec], registry: Registry | None
+) -> dict[str, str | None] | None:
     """By the architecture's own table; None where there is none for this model."""
     from monoquant_gguf.architectures import find
 
     try:
-        architecture = find(info)
+        architecture = find(info, registry=registry)
     except PlanError:
         return None
     found: dict[str, str | None] = {}

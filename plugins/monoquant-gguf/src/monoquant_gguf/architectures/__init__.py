@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from monoquant_core.errors import PlanError
 from monoquant_core.model import ModelInfo
-from monoquant_core.plugins import load_registry
+from monoquant_core.plugins import Registry
 from monoquant_gguf.architectures.base import Architecture
 from monoquant_gguf.architectures.bert import Bert
 from monoquant_gguf.architectures.gemma import Gemma2, Gemma3
@@ -21,14 +21,15 @@ BUILT_IN: tuple[type[Architecture], ...] = (Llama, Mixtral, Qwen2, Qwen3, Qwen3M
 GENERIC = "generic"
 
 
-def find(info: ModelInfo, wanted: str = "auto") -> Architecture:
+def find(info: ModelInfo, wanted: str = "auto", registry: Registry | None = None) -> Architecture:
     """The architecture of a model.
 
     :param wanted: its name, or "auto" for what config.json says.
+    :param registry: whose plugins are asked for others; by default those that are installed.
     :raises PlanError: naming those there are.
     """
     kind = info.model_type if wanted == "auto" else wanted
-    found = _matching(BUILT_IN, kind) or _matching(others := _of_plugins(), kind)
+    found = _matching(BUILT_IN, kind) or _matching(others := of_plugins(registry), kind)
     if found is not None:
         return found()
     known = sorted({t for a in (*BUILT_IN, *others) for t in (a.model_types if wanted == "auto" else (a.name,))})
@@ -48,7 +49,11 @@ def _matching(architectures: Iterable[type[Architecture]], kind: str | None) -> 
     return next((a for a in found if kind in a.model_types), None) or next((a for a in found if a.name == kind), None)
 
 
-def _of_plugins() -> list[type[Architecture]]:
-    """Asked only for models that none of our own is for."""
-    hook = getattr(load_registry().manager.hook, "monoquant_gguf_architectures", None)
-    return [a for items in (hook() if hook is not None else ()) for a in items]
+def of_plugins(registry: Registry | None = None) -> tuple[type[Architecture], ...]:
+    """Those that plugins bring: asked only for models that none of our own is for."""
+    if registry is None:
+        from monoquant_core.api import installed
+
+        registry = installed()
+    hook = getattr(registry.manager.hook, "monoquant_gguf_architectures", None)
+    return tuple(a for items in (hook() if hook is not None else ()) for a in items)

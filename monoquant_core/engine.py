@@ -597,7 +597,7 @@ def _tensor_reports(tasks: Sequence[_Task], measured: Sequence[Energies]) -> tup
         step, total = work.step, totals[key]
         action = "repack" if step.action == "keep" and step.placed.held.encoding is not None else step.action
         out, layout = step.placed.output, step.placed.held.layout
-        reports.append(TensorReport(out.name, action, layout, out.numel, *total))
+        reports.append(TensorReport(out.name, action, layout, out.numel, *total, nbytes=step.nbytes))
     return tuple(reports)
 
 

@@ -195,9 +195,10 @@ class FilePlan:
 class Exporter(Protocol):
     """A format with its options bound. Pure: no files, no state; the engine owns all I/O.
 
-    More methods are optional, because most formats do not need them:
-    ``resolve(specs, info) -> Exporter`` (called once, first: another exporter for this model, such as one convention of
-    several), and ``notes(layout: FileLayout) -> Sequence[str]`` (what to tell the user about the file as a whole).
+    More methods are optional, because most formats do not need them: ``use(registry)`` (called once, before anything
+    else, for formats that ask other plugins), ``resolve(specs, info) -> Exporter`` (called once, then: another exporter
+    for this model, such as one convention of several), and
+    ``notes(layout: FileLayout) -> Sequence[str]`` (what to tell the user about the file as a whole).
     A format that needs a graph may have ``read_graph(source, example) -> Source``, called before anything else: the
     source itself where its graph is of the format's own kind, else one whose tensors are those of the graph that it
     made of the source. ``example`` is one batch of inputs (a tensor, a tuple or a dict of them), or None.

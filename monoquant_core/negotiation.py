@@ -112,11 +112,19 @@ class Placer:
         if out.shape != spec.shape or len(specs) > 1 or out.transform is not None:
             spec = dataclasses.replace(spec, name=out.name, shape=out.shape, dtype=out.dtype, nbytes_stored=None)
             again = quantizer.propose(spec)
-            if isinstance(again, Refusal) or isinstance(again.encoding, str):
-                reason = again.reason if isinstance(again, Refusal) else "cannot be cast"
-                self.refused.append((out.name, reason, again.hint if isinstance(again, Refusal) else ""))
-                return None
+            if isinstance(again, Refusal):
+                if again.instead is None:
+                    self.refused.append((out.name, again.reason, again.hint))
+                    return None
+                if not any(refused.name == decision.spec.name for refused, _, _ in self.chooser.refused):
+                    self.chooser.refused.append((spec, decision.scheme, again))
+                again = again.instead
             proposal = again
+            if isinstance(proposal.encoding, str):
+                out = dataclasses.replace(out, dtype=proposal.encoding)
+                self._redecide([self.decisions[s.name] for s in specs], "cast", decision.reason)
+                action: Action = "derive" if out.transform is not None else "cast"
+                return self._step(out, None, self._verdict(out, None), specs, action, decision.reason, decision.scheme)
         verdict = self._verdict(out, proposal)
         wanted = verdict.instead if isinstance(verdict, Refuses) else None
         if isinstance(verdict, Repacks):

@@ -9,11 +9,11 @@ from typing import Any
 
 from monoquant_core import options as opts
 from monoquant_core.declarations import ExporterDeclaration
-from monoquant_core.errors import PlanError
+from monoquant_core.errors import MonoquantError, PlanError
 from monoquant_core.exporters import Exporter, FileLayout, FilePlan
 from monoquant_core.model import ModelInfo, Source, TensorSpec
 from monoquant_core.negotiation import Placer
-from monoquant_core.planning import OnUnsupported, Plan, Step, describe
+from monoquant_core.planning import OnUnsupported, Plan, Step, bits_per_weight, describe
 from monoquant_core.plugins import Registry
 from monoquant_core.probes import ProbeResult
 from monoquant_core.recipe import Recipe, Rule
@@ -65,15 +65,22 @@ def make_plan(
     format_base = getattr(exporter, "recipe", "") or (declared.recipe if declared else "")
     chooser = Chooser(registry, recipe, rules, scheme, scheme_options or {}, info, specs, format_base)
     decisions = [chooser.decide(spec) for spec in specs]
-    chooser.report_refusals()
-    decisions = [ask_plugins(registry, d, probes or {}) for d in decisions]
-    decisions = follow_ties(decisions)
-    check_needs(decisions, with_stats)
-    if quantizing:
-        if getattr(exporter, "fuses", True):
-            check_fuse_groups(decisions)
-        check_not_empty(decisions, info)
-    steps, decisions, notes = Placer(decisions, info, exporter, on_unsupported, chooser).place()
+    if chooser.hopeless:
+        chooser.report_refusals()
+    try:
+        decisions = [ask_plugins(registry, d, probes or {}) for d in decisions]
+        decisions = follow_ties(decisions)
+        check_needs(decisions, with_stats)
+        if quantizing:
+            if getattr(exporter, "fuses", True):
+                check_fuse_groups(decisions)
+            check_not_empty(decisions, info)
+        steps, decisions, notes = Placer(decisions, info, exporter, on_unsupported, chooser).place()
+    except MonoquantError:
+        chooser.report_refusals()  # what was planned on is refused, whatever comes of the rest
+        raise
+    chooser.report_refusals(bits_per_weight(steps))
+    notes += [n for q in {id(s.quantizer): s.quantizer for s in steps}.values() for n in getattr(q, "notes", list)()]
     files: tuple[FilePlan, ...] = ()
     if exporter is not None:
         ties = {d.spec.name: d.spec.tied_to for d in decisions if d.spec.tied_to is not None and d.action == "drop"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -73,8 +74,7 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per element, over all tensors that are written."""
-        elements = sum(s.placed.output.numel for s in self.steps)
-        return 8 * sum(s.nbytes for s in self.steps) / elements if elements else 0.0
+        return bits_per_weight(self.steps)
 
     def count(self, action: Action) -> int:
         """How many source tensors that happens to."""
@@ -121,10 +121,43 @@ class Plan:
         }
 
 
+def bits_per_weight(steps: Sequence[Step]) -> float:
+    """Stored bits per element, over all tensors that are written."""
+    elements = sum(s.placed.output.numel for s in steps)
+    return 8 * sum(s.nbytes for s in steps) / elements if elements else 0.0
+
+
 def describe(step: Step) -> str:
     """What an output is stored as."""
     encoding = step.placed.held.encoding
     return str(encoding) if encoding is not None else step.placed.output.dtype
+
+
+def collapsed(names: Sequence[str]) -> list[str]:
+    """Names that differ only in their first number as one: ``layers.{0-3,7}.up``."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    found: list[str | tuple[str, str]] = []
+    for name in names:
+        number = re.search(r"\d+", name)
+        if number is None:
+            found.append(name)
+            continue
+        key = name[: number.start()], name[number.end() :]
+        if key not in numbers:
+            found.append(key)
+        numbers.setdefault(key, []).append(int(number[0]))
+    return [key if isinstance(key, str) else f"{key[0]}{_ranges(numbers[key])}{key[1]}" for key in found]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+    return text if len(numbers) == 1 else f"{{{text}}}"
 
 
 def listing(title: str, lines: Sequence[str]) -> str:

@@ -33,6 +33,7 @@ class TensorReport:
     signal: float = 0.0  #: sum of squares of the source, float64
     noise: float = 0.0  #: sum of squares of the difference, float64
     max_error: float = 0.0  #: largest absolute difference
+    nbytes: int = 0  #: in the file, parameters included
 
     @property
     def sqnr_db(self) -> float:
@@ -66,6 +67,12 @@ class Report:
         """Over everything that was quantized or cast."""
         changed = [t for t in self.tensors if t.noise > 0]
         return sqnr_db(sum(t.signal for t in changed), sum(t.noise for t in changed))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per element, over all tensors that were written."""
+        elements = sum(t.numel for t in self.tensors)
+        return 8 * sum(t.nbytes for t in self.tensors) / elements if elements else 0.0
 
     def worst(self, count: int = 5) -> list[TensorReport]:
         """The tensors with the lowest SQNR among those that changed."""

@@ -52,6 +52,7 @@ class Refusal:
 
     reason: str
     hint: str = ""
+    instead: Proposal | None = None  #: what it would take if the hint is followed: the error says what that comes to
 
     def __post_init__(self) -> None:
         if not self.reason:
@@ -73,7 +74,11 @@ class Context:
 
 
 class Quantizer(Protocol):
-    """One scheme with its options bound. ``propose`` and ``accepts`` import no torch and read no data."""
+    """One scheme with its options bound. ``propose`` and ``accepts`` import no torch and read no data.
+
+    Two more methods are optional: ``use(registry)``, called once, first, for schemes that ask other plugins; and
+    ``notes() -> Sequence[str]``, what to tell the user when the scheme quantizes something.
+    """
 
     #: whether zeros stay exactly zero; the conformance kit and the check rely on it
     keeps_zero: bool

@@ -10,7 +10,7 @@ from monoquant_core import options as opts
 from monoquant_core.declarations import SchemeDeclaration
 from monoquant_core.errors import PlanError, RecipeError, UnknownNameError
 from monoquant_core.model import ModelInfo, TensorSpec
-from monoquant_core.planning import Action, Decision, listing
+from monoquant_core.planning import Action, Decision, collapsed, listing
 from monoquant_core.plugins import Registry
 from monoquant_core.probes import ProbeResult
 from monoquant_core.recipe import (
@@ -88,22 +88,38 @@ class Chooser:
         proposal = quantizer.propose(spec)
         if isinstance(proposal, Refusal):
             self.refused.append((spec, label, proposal))
-            return Decision(spec, "keep", proposal.reason, chosen=chosen)
+            if proposal.instead is None:
+                return Decision(spec, "keep", proposal.reason, chosen=chosen)
+            reason, proposal = proposal.reason, proposal.instead  # planned on, to say what it would come to
         action: Action = "cast" if isinstance(proposal.encoding, str) else "quantize"
         if action == "cast" and proposal.encoding == spec.dtype:
             return Decision(spec, "keep", f"is {spec.dtype} already", chosen=chosen)
         return Decision(spec, action, reason, proposal, label, quantizer, chosen)
 
-    def report_refusals(self) -> None:
-        """One error that names every tensor that its scheme cannot take."""
+    @property
+    def hopeless(self) -> bool:
+        """Whether a scheme refused a tensor and has nothing to offer in its place."""
+        return any(refusal.instead is None for _, _, refusal in self.refused)
+
+    def report_refusals(self, bits_per_weight: float | None = None) -> None:
+        """One error that names every tensor that its scheme cannot take.
+
+        :param bits_per_weight: of the whole result, with what the schemes would take in their place.
+        """
         if not self.refused:
             return
-        lines = [f"{s.name} {list(s.shape)}: {label}: {refusal.reason}" for s, label, refusal in self.refused]
+        alike: dict[str, list[str]] = {}
+        for spec, label, refusal in self.refused:
+            alike.setdefault(f"{list(spec.shape)}: {label}: {refusal.reason}", []).append(spec.name)
+        lines = [f"{name} {what}" for what, members in alike.items() for name in collapsed(members)]
         hints = dict.fromkeys(refusal.hint for _, _, refusal in self.refused if refusal.hint)
         names = " ".join(f"--keep '{s.name}'" for s, _, _ in self.refused[:3])
         more = " ..." if len(self.refused) > 3 else ""
+        title = f"{self.model}: the scheme refuses {len(self.refused)} of the tensors chosen for it"
+        if bits_per_weight is not None:
+            title += f"; with what they would get instead, all tensors take {bits_per_weight:.2f} bits per weight"
         raise PlanError(
-            listing(f"{self.model}: the scheme refuses {{count}} of the tensors chosen for it", lines),
+            listing(title, lines),
             hint="; ".join([*hints, f"or leave them as they are: {names}{more}"]),
         )
 
@@ -151,8 +167,8 @@ class Chooser:
         if name.lower() in builtin:
             return builtin[name.lower()].rules(info, specs)
         declared = self.registry.recipe(name)
-        options = opts.build(declared.options, values, owner=declared.name)
-        source: RecipeSource = self.registry.make(declared, options)
+        bound: object = opts.build(declared.options, values, owner=declared.name)
+        source: RecipeSource = self.registry.make(declared, bound)
         return source.rules(info, specs)
 
     def _check_rules_match(self, specs: Sequence[TensorSpec]) -> None:

@@ -166,9 +166,9 @@ def test_progress_is_quiet_for_short_runs_and_when_asked(capsys: pytest.CaptureF
 
 def report() -> Report:
     tensors = (
-        TensorReport("a.weight", "quantize", "pack-quantized", 100, signal=1000.0, noise=1.0, max_error=0.5),
-        TensorReport("b.weight", "quantize", "pack-quantized", 100, signal=1000.0, noise=10.0, max_error=0.7),
-        TensorReport("b.bias", "keep", "float32", 10, signal=1.0, noise=0.0),
+        TensorReport("a.weight", "quantize", "pack-quantized", 100, signal=1e3, noise=1.0, max_error=0.5, nbytes=60),
+        TensorReport("b.weight", "quantize", "pack-quantized", 100, signal=1e3, noise=10.0, max_error=0.7, nbytes=60),
+        TensorReport("b.bias", "keep", "float32", 10, signal=1.0, noise=0.0, nbytes=40),
     )
     return Report(
         destination=Path("out"),
@@ -192,6 +192,7 @@ def test_summary_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> N
     for expected in (
         "1 MB -> 251 kB (251,000 bytes), 4.00x smaller",
         "model.safetensors  250 kB",
+        "6.10 bits each, scales included: 2 pack-quantized, 1 float32",
         "22.6 dB over 2 changed tensors",  # 10 log10(2000 / 11)
         "20.0 dB  b.weight  (pack-quantized, largest error 0.7)",
         "2.0 s, 502 kB/s, 2 threads",

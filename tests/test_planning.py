@@ -27,7 +27,7 @@ from monoquant_core.kinds import annotate
 from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.options import option
 from monoquant_core.planner import make_plan
-from monoquant_core.planning import listing
+from monoquant_core.planning import collapsed, listing
 from monoquant_core.plugins import load_registry
 from monoquant_core.recipe import Recipe, Rule, keep_rule, load_recipe, parse_set
 from monoquant_core.schemes import Proposal, Refusal
@@ -230,6 +230,11 @@ def test_refusals_of_the_scheme_are_one_error_that_names_all(registry):
     assert all(f"{LAYER}.{x}_proj.weight [8, 8]" in text for x in "qkvo")
     assert "sizes that fit: 8, 4" in caught.value.hint
     assert "--keep" in caught.value.hint
+
+
+def test_names_that_differ_in_a_number_are_one_line():
+    names = ["h.0.up", "h.2.up", "h.1.up", "head", "h.5.up", "h.7.down", "x.1.h.1.up"]
+    assert collapsed(names) == ["h.{0-2,5}.up", "head", "h.7.down", "x.1.h.1.up"]
 
 
 def test_a_fuse_group_gets_one_scheme(registry):

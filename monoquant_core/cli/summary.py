@@ -1,5 +1,6 @@
 """What was measured of a finished run."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ def show_report(report: Report, *, json: bool) -> None:
         ("size", f"{size(report.source_bytes)} -> {exact(report.nbytes)}, {change}"),
         ("files", "\n".join(f"{path or report.destination.name}  {size(n)}" for path, n in shown_files(report.files))),
     ]
+    layouts = Counter(t.layout for t in report.tensors)
+    held = ", ".join(f"{count:,} {layout}" for layout, count in layouts.most_common())
+    pairs.append(("weights", f"{report.bits_per_weight:.2f} bits each, scales included: {held}"))
     if changed:
         pairs.append(("SQNR", f"{decibels(report.sqnr_db)} over {plural(len(changed), 'changed tensor')}"))
         worst = [
@@ -56,6 +60,7 @@ def report_dict(report: Report) -> dict[str, Any]:
         "files": dict(report.files),
         "source_bytes": report.source_bytes,
         "bytes": report.nbytes,
+        "bits_per_weight": report.bits_per_weight,
         "sqnr_db": report.sqnr_db,
         "seconds": report.seconds,
         "start_bytes": report.start_bytes,
@@ -69,6 +74,7 @@ def report_dict(report: Report) -> dict[str, Any]:
                 "action": t.action,
                 "layout": t.layout,
                 "elements": t.numel,
+                "bytes": t.nbytes,
                 "sqnr_db": t.sqnr_db,
                 "max_error": t.max_error,
             }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,18 +21,6 @@ ROWS, WIDTH = 6, 768
 
 #: types whose bytes ggml's C code reads and writes here
 NAMES = [layout.name for layout in QUANTIZED]
-
-
-@pytest.fixture(scope="session")
-def ggml(shared: Path) -> ModuleType:
-    """llama.cpp's C quantizers."""
-    pytest.importorskip("xllamacpp")
-    spec = importlib.util.spec_from_file_location("ggmlref", shared / "tools" / "ggmlref.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def weights(seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -99,14 +85,14 @@ def test_random_bytes_decode_as_in_gguf(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_what_llama_cpp_writes_is_read_as_llama_cpp_reads_it(name: str, weighted: bool, ggml: ModuleType) -> None:
+def test_what_llama_cpp_writes_is_read_as_llama_cpp_reads_it(name: str, weighted: bool, llamacpp: ModuleType) -> None:
     layout, x = by_name(name), weights()
     importance = np.random.default_rng(2).random(WIDTH).astype(np.float32) if weighted else None
-    raw = np.frombuffer(ggml.quantize(x, name, importance), np.uint8).reshape(ROWS, -1).copy()
+    raw = np.frombuffer(llamacpp.quantize(x, name, importance), np.uint8).reshape(ROWS, -1).copy()
     tensor = blocks.unpack(torch.from_numpy(raw), layout, (ROWS, WIDTH))
     assert isinstance(tensor, QuantizedTensor)
     ours = tensor.dequantize().numpy()
-    np.testing.assert_array_equal(ours.reshape(-1), ggml.dequantize(raw.tobytes(), name, x.size))
+    np.testing.assert_array_equal(ours.reshape(-1), llamacpp.dequantize(raw.tobytes(), name, x.size))
     np.testing.assert_array_equal(ours, gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name]))
     np.testing.assert_array_equal(blocks.pack(tensor, layout).numpy(), raw)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,7 @@ from monoquant_gguf.kernels.run import quantize
 from monoquant_gguf.layouts import QUANTIZED, Layout, by_name
 from monoquant_gguf.plugin import TYPES, TypeOptions
 from monoquant_gguf.quantizer import GgmlQuantizer
+from safetensors.torch import save_file
 
 from monoquant_core.errors import QuantizationError
 from monoquant_core.model import TensorSpec
@@ -46,20 +47,8 @@ def backend(request: pytest.FixtureRequest) -> ModuleType:
     return importlib.import_module(f"monoquant_gguf.kernels.{request.param}")
 
 
-@pytest.fixture(scope="session")
-def ggml(shared: Path) -> ModuleType:
-    """llama.cpp's C quantizers."""
-    pytest.importorskip("xllamacpp")
-    spec = importlib.util.spec_from_file_location("ggmlref", shared / "tools" / "ggmlref.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def reference(ggml: ModuleType, layout: Layout, x: Array, importance: Array | None) -> np.ndarray[Any, Any]:
-    return np.frombuffer(ggml.quantize(x, layout.name, importance), np.uint8).reshape(len(x), -1)
+def reference(llamacpp: ModuleType, layout: Layout, x: Array, importance: Array | None) -> np.ndarray[Any, Any]:
+    return np.frombuffer(llamacpp.quantize(x, layout.name, importance), np.uint8).reshape(len(x), -1)
 
 
 def written(layout: Layout, x: Array, importance: Array | None, backend: ModuleType) -> np.ndarray[Any, Any]:
@@ -101,10 +90,10 @@ def importances() -> dict[str, Array | None]:
 
 @EACH_TYPE
 @pytest.mark.parametrize("weighting", importances())
-def test_bytes_of_llama_cpp(layout: Layout, weighting: str, backend: ModuleType, ggml: ModuleType) -> None:
+def test_bytes_of_llama_cpp(layout: Layout, weighting: str, backend: ModuleType, llamacpp: ModuleType) -> None:
     importance = importances()[weighting]
     for name, x in matrices().items():
-        expected = reference(ggml, layout, x, importance)
+        expected = reference(llamacpp, layout, x, importance)
         different = int((written(layout, x, importance, backend) != expected).sum())
         assert different == 0, f"{name}: {different} of {expected.size} bytes differ"
 
@@ -128,10 +117,10 @@ def rows(draw: st.DrawFn) -> Array:
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(x=rows(), weighted=st.booleans())
 def test_bytes_of_llama_cpp_for_any_rows(
-    layout: Layout, backend: ModuleType, ggml: ModuleType, x: Array, weighted: bool
+    layout: Layout, backend: ModuleType, llamacpp: ModuleType, x: Array, weighted: bool
 ) -> None:
     importance = importances()["uneven"] if weighted else None
-    np.testing.assert_array_equal(written(layout, x, importance, backend), reference(ggml, layout, x, importance))
+    np.testing.assert_array_equal(written(layout, x, importance, backend), reference(llamacpp, layout, x, importance))
 
 
 def context(x: torch.Tensor, importance: torch.Tensor | None = None) -> Context:
@@ -146,7 +135,7 @@ def error(q: np.ndarray[Any, Any], x: Array, weights: Array | None) -> float:
 
 @EACH_TYPE
 @pytest.mark.parametrize("weighting", ["none", "uneven"])
-def test_search_is_never_worse(layout: Layout, weighting: str, ggml: ModuleType) -> None:
+def test_search_is_never_worse(layout: Layout, weighting: str, llamacpp: ModuleType) -> None:
     importance = importances()[weighting]
     weights = None if importance is None else torch.from_numpy(importance)
     for name, x in matrices().items():
@@ -155,7 +144,7 @@ def test_search_is_never_worse(layout: Layout, weighting: str, ggml: ModuleType)
         encoding = layout.encoding_for(2)
         ours = quantize(layout, torch.from_numpy(x), encoding, context(torch.from_numpy(x), weights), search=True)
         kind = gguf.GGMLQuantizationType[layout.name]
-        theirs = gguf.quants.dequantize(reference(ggml, layout, x, importance), kind)
+        theirs = gguf.quants.dequantize(reference(llamacpp, layout, x, importance), kind)
         least = error(theirs, x, importance)
         found = error(ours.dequantize().numpy(), x, importance)
         assert found <= least * (1 + 1e-9), name
@@ -189,7 +178,7 @@ def test_chunks_change_nothing(layout: Layout, rounding: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "Q8_0"])
-def test_minilm(name: str, minilm: Path, ggml: ModuleType) -> None:
+def test_minilm(name: str, minilm: Path, llamacpp: ModuleType) -> None:
     from safetensors import safe_open
 
     layout = by_name(name)
@@ -198,7 +187,7 @@ def test_minilm(name: str, minilm: Path, ggml: ModuleType) -> None:
             x = file.get_tensor(key)[:32].float()
             x = x[:, : x.shape[1] // layout.block_size * layout.block_size].contiguous()
             ours = quantize(layout, x, layout.encoding_for(2), context(x), search=True)
-            raw = reference(ggml, layout, x.numpy(), None)
+            raw = reference(llamacpp, layout, x.numpy(), None)
             theirs = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
             assert error(ours.dequantize().numpy(), x.numpy(), None) < error(theirs, x.numpy(), None)
             same = quantize(layout, x, layout.encoding_for(2), context(x), search=False)
@@ -240,6 +229,7 @@ def test_fallbacks_are_refused_unless_allowed(name: str, row: int, fallback: str
     assert isinstance(refusal, Refusal)
     assert f"falls back to {fallback}, {bits} bits per weight instead of" in refusal.reason
     assert "--allow-fallback" in refusal.hint
+    assert refusal.instead == GgmlQuantizer(name, TypeOptions(allow_fallback=True)).propose(spec)
     quantizer = GgmlQuantizer(name, TypeOptions(allow_fallback=True))
     proposal = quantizer.propose(spec)
     assert isinstance(proposal, Proposal)
@@ -251,6 +241,43 @@ def test_fallbacks_are_refused_unless_allowed(name: str, row: int, fallback: str
     x = torch.randn(4, row)
     alone = GgmlQuantizer(fallback, TypeOptions()).quantize(x, proposal.encoding, context(x))
     assert quantizer.quantize(x, proposal.encoding, context(x)).equal(alone)
+
+
+def test_the_error_says_what_fallbacks_come_to(run: Callable[..., Any], tmp_path: Path) -> None:
+    """The tensors, the types they would get, and the bits per weight of the file that --allow-fallback then writes."""
+    rows = {"q_proj": 96, "k_proj": 96, "up_proj": 512, "o_proj": 100}
+    state = {f"layers.{i}.{name}.weight": torch.randn(64, n) for i in range(3) for name, n in rows.items()}
+    save_file(state, tmp_path / "m.safetensors")
+    choice = ("--format", "gguf", "--architecture", "generic", "--scheme", "Q4_K")
+    command = ("quantize", tmp_path / "m.safetensors", "-o", tmp_path / "m.gguf", *choice)
+    refused = run(*command)
+    assert refused.returncode == 2
+    for line in (
+        "layers.{0-2}.q_proj.weight [64, 96]: Q4_K: blocks of 256 do not divide its rows of 96; "
+        "llama-quantize falls back to Q5_0, 5.5 bits per weight instead of 4.5",
+        "layers.{0-2}.o_proj.weight [64, 100]: Q4_K: blocks of 256 do not divide its rows of 100; "
+        "llama-quantize falls back to F16, 16 bits per weight instead of 4.5",
+    ):
+        assert line in refused.stderr
+    assert "hint: --allow-fallback accepts those types" in refused.stderr
+    assert not (tmp_path / "m.gguf").exists()
+    # 192 columns of Q5_0, 512 of Q4_K, 100 of F16
+    total = (192 * 5.5 + 512 * 4.5 + 100 * 16) / 804
+    assert (
+        f"refuses 9 of the tensors chosen for it; with what they would get instead, all tensors take {total:.2f} "
+        in (refused.stderr)
+    )
+    accepted = run(*command, "--allow-fallback")
+    assert accepted.returncode == 0, accepted.stderr
+    assert f"{total:.2f} bits each, scales included: 6 Q5_0, 3 F16, 3 Q4_K" in " ".join(accepted.stdout.split())
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_what_the_searches_run_with_is_said(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if found else None)
+    (note,) = GgmlQuantizer("Q4_K", TypeOptions()).notes()
+    assert ("run in numba" in note, "monoquant[gguf-fast]" in note) == (found, not found)
+    assert not GgmlQuantizer("Q8_0", TypeOptions()).notes()
 
 
 def test_every_type_is_a_scheme() -> None:

@@ -82,9 +82,7 @@ def _targets(name: str, architectures: tuple[type[Architecture], ...]) -> tuple[
     return tuple(dict.fromkeys(found))
 
 
-def _known(
-    info: ModelInfo, specs: Sequence[TensorSpec], registry: Registry | None
-) -> dict[str, str | None] | None:
+def _known(info: ModelInfo, specs: Sequence[TensorSpec], registry: Registry | None) -> dict[str, str | None] | None:
     """By the architecture's own table; None where there is none for this model."""
     from monoquant_gguf.architectures import find
 

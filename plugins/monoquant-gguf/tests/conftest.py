@@ -81,7 +81,7 @@ def spm_like(corpus: str) -> Callable[[str], Any]:
 
 @pytest.fixture(scope="session")
 def small_llama(spm_like: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with random weights, as ``save_pretrained`` leaves it, and a SentencePiece tokenizer in both its forms."""
+    """A Llama with random weights, saved as transformers does, and a SentencePiece tokenizer in both its forms."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("small") / "llama"
     tokenizer = spm_like("prepend")

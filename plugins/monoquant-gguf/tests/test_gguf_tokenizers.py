@@ -209,7 +209,7 @@ def test_sentencepiece(
     with FileReader(file) as reader:
         scores = read_array(reader, read_header(reader).metadata["tokenizer.ggml.scores"])
     assert len(set(scores)) > len(scores) / 2
-    assert -1000.0 not in scores or without != "tokenizer.model"
+    assert scores.count(-1000.0) <= 1  # the converter gives it to every token without tokenizer.model
     reference = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
     same_ids(file, lambda text: reference.encode(text).ids)
 

@@ -183,6 +183,7 @@ class CalibratorConformance:
         loaded, pickled = make(), pickle.loads(pickle.dumps(calibrator))
         loaded.load_state_dict(state)
         for other in (loaded, pickled):
+            assert _ends(other) == _range(make, batches[:3])
             for batch in batches[3:]:
                 other.observe(batch * 50)
         assert all(torch.equal(state[n], kept[n]) for n in kept), "a state shares memory with its calibrator"

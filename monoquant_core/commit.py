@@ -20,7 +20,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -107,15 +107,37 @@ class Destination:
         :return: what the user should know, such as an old folder that could not be deleted.
         :raises OutputError: when the disk refuses; the name then holds what it held before, or the new output.
         """
+        (notes,) = commit_all([self])
+        return notes
+
+    def names(self) -> set[Path]:
+        """Every name that this output takes, hidden ones included."""
+        companions = {self._target.with_name(plan.path) for plan in self._plans if self._is_file and plan.path}
+        return {self._target, self._old, *companions, *self._hidden_paths()}
+
+    def takes(self, names: Collection[Path]) -> bool:
+        """Whether one of these names may be taken for a companion that an earlier output left."""
+        here = [path.name for path in names if path.parent == self._target.parent]
+        return any(fnmatch.filter(here, pattern) for pattern in self._companion_patterns())
+
+    def _sync(self) -> None:
+        """Make everything durable under its hidden name."""
         with _os_errors(self.path):
             for file in self._files:
                 file.finish()
-            if self._is_file:
-                self._check_replaceable()
-                self._rename()
-            else:
+            if not self._is_file:
                 self._sync_folders()
-                self._check_replaceable()
+
+    def _check(self) -> None:
+        """Refuse again what must not be replaced: it may have changed since."""
+        with _os_errors(self.path):
+            self._check_replaceable()
+
+    def _rename(self) -> list[str]:
+        with _os_errors(self.path):
+            if self._is_file:
+                self._name_files()
+            else:
                 self._swap()
             _sync_folder(self._target.parent)
         notes = []
@@ -141,7 +163,7 @@ class Destination:
         for dead in self._hidden_paths() | self._dead_companions():
             _remove(dead)
 
-    def _rename(self) -> None:
+    def _name_files(self) -> None:
         """Give files their names: companions first, for good, so that whatever names them finds them."""
         named = [file for file in self._files if not file.plan.last]
         last = [file for file in self._files if file.plan.last]
@@ -274,6 +296,45 @@ class Destination:
         finally:
             self._locked = False
             self._lock.close()
+
+
+def check_apart(outputs: Sequence[Destination]) -> None:
+    """Refuse outputs of one run that would be written onto, or into, one another.
+
+    :raises OutputError: naming both.
+    """
+    for i, output in enumerate(outputs):
+        for other in outputs[:i]:
+            ours, theirs = output.names(), other.names()
+            if ours & theirs:
+                raise OutputError(
+                    f"{output.path}: two outputs of this run have this name", hint="give each a name of its own"
+                )
+            if output.takes(theirs) or other.takes(ours):
+                raise OutputError(
+                    f"{output.path}: its name is like those of the files beside {other.path}",
+                    hint="give it another name",
+                )
+            if any(a in b.parents or b in a.parents for a in ours for b in theirs):
+                raise OutputError(
+                    f"{output.path}: one of it and {other.path} is inside the other", hint="write them side by side"
+                )
+
+
+def commit_all(outputs: Sequence[Destination]) -> list[list[str]]:
+    """Make the outputs of one run durable, then give all of them their names.
+
+    A disk that is full or fails shows before the first name is given. What remains is a failure, or a kill, between
+    two renames: then some outputs are new and the others as before, each of them complete.
+
+    :return: for each what the user should know, such as an old folder that could not be deleted.
+    :raises OutputError: when the disk refuses.
+    """
+    for output in outputs:
+        output._sync()
+    for output in outputs:
+        output._check()
+    return [output._rename() for output in outputs]
 
 
 class _File:

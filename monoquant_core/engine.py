@@ -1,16 +1,20 @@
-"""Carries out a plan: reads rows, quantizes, packs, checks and writes them at offsets that are known beforehand.
+"""Carries out plans: reads rows, quantizes, packs, checks and writes them at offsets that are known beforehand.
 
-A task is a range of rows of one output. Tasks run on threads, each with buffers of its own; neither the number of
-threads nor the size of the chunks changes a byte. A journal of finished tasks would be written where their results
-arrive, in :meth:`Workers.map`, and read where the tasks of a run are listed.
+A task is a range of rows of one output, or of several that are made of the same rows of the source. Tasks run on
+threads, each with buffers of its own; neither the number of threads nor the size of the chunks changes a byte. A
+journal of finished tasks would be written where their results arrive, in :meth:`Workers.map`, and read where the tasks
+of a run are listed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +31,7 @@ from monoquant_core.check import (
     measure,
     square_sum,
 )
-from monoquant_core.commit import Destination
+from monoquant_core.commit import Destination, check_apart, commit_all
 from monoquant_core.encoding import Encoding
 from monoquant_core.errors import (
     CalibrationError,
@@ -39,7 +43,7 @@ from monoquant_core.errors import (
     QuantizationError,
 )
 from monoquant_core.exporters import BytesAt, Exporter, Part, PartAt
-from monoquant_core.gather import Rows, join, read_rows
+from monoquant_core.gather import Reading, ReadOnce, Rows, join, read_rows
 from monoquant_core.memory import FreedMemory, peak_bytes, resident_bytes, usable_cores, working_bytes
 from monoquant_core.metrics import Energies, energies
 from monoquant_core.model import ModelInfo, Source, TensorSpec
@@ -50,7 +54,7 @@ from monoquant_core.rows import chunks, quantum, row_count, row_length
 from monoquant_core.schemes import Context
 from monoquant_core.scratch import Scratch
 from monoquant_core.stats import TensorStats
-from monoquant_core.tasks import CHUNK_ELEMENTS, check_steps, task_ranges, waits_for
+from monoquant_core.tasks import CHUNK_ELEMENTS, Task, check_steps, schedule, waits_for
 from monoquant_core.tensor import QuantizedTensor, as_bytes, dtype_name, dtype_of, same_bits
 from monoquant_core.workers import Stopped, Workers
 
@@ -85,63 +89,98 @@ def write(
     :param progress: called from this thread.
     :raises MonoquantError: naming the file and the tensor.
     """
-    if plan.exporter is None or not plan.files:
-        raise PlanError(f"{plan.info.name}: a plan without a format cannot be written")
+    (report,) = write_all([(plan, destination)], source, options, stats=stats, progress=progress)
+    return report
+
+
+def write_all(
+    outputs: Sequence[tuple[Plan, Path]],
+    source: Source,
+    options: RunOptions = RunOptions(),
+    *,
+    stats: Mapping[str, TensorStats] | None = None,
+    progress: ProgressCallback | None = None,
+) -> list[Report]:
+    """Write the files of several plans of one source, each to its destination, in one pass: every row is read once.
+
+    No destination gets its new content before all are complete and on the disk.
+
+    :param stats: calibration statistics by source tensor's name.
+    :param progress: called from this thread.
+    :return: one report per plan; time and memory in it are those of the whole run.
+    :raises MonoquantError: naming the file and the tensor.
+    """
+    plans = [plan for plan, _ in outputs]
+    exporters = list(map(_exporter, plans))
     began, start_bytes = time.perf_counter(), resident_bytes()
     threads, device = _threads(options), find_device(options.device)
-    predicted = working_bytes(plan, threads, _chunk_elements(options, device))
-    works = _works(plan.steps, options, device, stats)
-    places = _places(plan)
-    protect = [*plan.info.paths, *plan.info.side_files.values()]
+    predicted = working_bytes(plans, threads, _chunk_elements(options, device))
+    steps = [step for plan in plans for step in plan.steps]
+    for plan in plans:
+        check_steps(plan.steps)
+    works, tasks = _works(steps, options, device, stats)
+    places = [_places(plan) for plan in plans]
+    protect = [path for plan in plans for path in (*plan.info.paths, *plan.info.side_files.values())]
     tell = progress or (lambda _: None)
-    with (
-        Destination(destination, plan.files, force=options.force, sources=protect) as out,
-        Workers(threads) as workers,
-    ):
+    with contextlib.ExitStack() as opened:
+        destinations = [Destination(path, plan.files, force=options.force, sources=protect) for plan, path in outputs]
+        check_apart(destinations)
+        for destination in destinations:
+            opened.enter_context(destination)
+        workers = opened.enter_context(Workers(threads))
         rows = _RowWorker(source, options, device)
-        _scan(works, rows, workers, tell)
-        _compare_ties(plan.decisions, source, workers)
-        late = [work for work in works if work.waits_for]
-        wanted = frozenset(name for work in late for name in work.waits_for)
-        store = _Store(plan.exporter, out, places, workers, plan.info, wanted)
-        first = [(work, r) for work in works if not work.waits_for for r in work.ranges]
-        tasks = [*first, *((work, r) for work in late for r in work.ranges)]
-        meter, freed = _Meter("write", tasks, tell), FreedMemory(start_bytes + predicted)
+        _scan(works, tasks, rows, workers, tell)
+        _compare_ties([d for plan in plans for d in plan.decisions], source, workers)
+        stores: list[_Store] = []  # one per step
+        for plan, exporter, out, where in zip(plans, exporters, destinations, places, strict=True):
+            wanted = frozenset(name for step in plan.steps for name in waits_for(step))
+            stores += [_Store(exporter, out, where, workers, plan.info, wanted)] * len(plan.steps)
+        meter, freed = _Meter("write", works, tasks, tell), FreedMemory(start_bytes + predicted)
 
-        def task(item: _Task, scratch: Scratch) -> Energies:
+        def make(task: Task, scratch: Scratch) -> list[Energies]:
+            reading, measured = _reading(source, task), []
             try:
-                value, found = rows.make(item, scratch)
-                store.put(item, value)
+                for index, r in task.outputs:
+                    value, found = rows.make(works[index], r, reading, scratch)
+                    stores[index].put(works[index], r, value)
+                    measured.append(found)
             except BaseException as exc:
-                item[0].tell_others(item[1], exc)
+                for index, r in task.outputs:
+                    works[index].tell_others(r, exc)
                 raise
-            return found
+            return measured
 
-        def finished(items: Sequence[_Task]) -> None:
-            meter.finished(items)
+        def finished(done: Sequence[Task]) -> None:
+            meter.finished(done)
             freed.release()
 
-        measured = workers.map(task, first, finished)
-        for work in late:
-            work.receive(store.kept)
-        measured += workers.map(task, tasks[len(first) :], finished)
+        first = [task for task in tasks if not task.late]
+        measured = workers.map(make, first, finished)
+        for work, store in zip(works, stores, strict=True):
+            if work.waits_for:
+                work.receive(store.kept)
+        measured += workers.map(make, tasks[len(first) :], finished)
         tell(Progress("sync", "", meter.total, meter.total))
-        notes = out.commit()
-        sizes = out.sizes()
+        notes = commit_all(destinations)
+        sizes = [destination.sizes() for destination in destinations]
     tell(Progress("done", "", meter.total, meter.total))
-    return Report(
-        destination=destination,
-        files=sizes,
-        source_bytes=plan.bytes_before,
-        tensors=_tensor_reports(tasks, measured),
-        seconds=time.perf_counter() - began,
-        start_bytes=start_bytes,
-        peak_bytes=peak_bytes(),
-        predicted_bytes=predicted,
-        threads=threads,
-        device=str(device),
-        notes=(*plan.notes, *notes),
-    )
+    seconds, peak, found = time.perf_counter() - began, peak_bytes(), iter(_tensor_reports(works, tasks, measured))
+    return [
+        Report(
+            destination=path,
+            files=files,
+            source_bytes=plan.bytes_before,
+            tensors=tuple(itertools.islice(found, len(plan.steps))),
+            seconds=seconds,
+            start_bytes=start_bytes,
+            peak_bytes=peak,
+            predicted_bytes=predicted,
+            threads=threads,
+            device=str(device),
+            notes=(*plan.notes, *said),
+        )
+        for (plan, path), files, said in zip(outputs, sizes, notes, strict=True)
+    ]
 
 
 def compute(
@@ -156,14 +195,16 @@ def compute(
     :raises MonoquantError: naming the file and the tensor.
     """
     device = find_device(options.device)
-    (work,) = _works([step], options, device, stats)
+    check_steps([step])
+    works, tasks = _works([step], options, device, stats)
+    work = works[0]
     if work.waits_for:
         raise PlanError(f"{work.name}: is made of other outputs, which only a whole run makes")
     with Workers(_threads(options)) as workers:
         rows = _RowWorker(source, options, device)
-        _scan([work], rows, workers, lambda _: None)
-        tasks = [(work, r) for r in work.ranges]
-        made = workers.map(lambda item, scratch: _owned(rows.make(item, scratch)[0]), tasks)
+        _scan(works, tasks, rows, workers, lambda _: None)
+        ranges = [r for task in tasks for _, r in task.outputs]
+        made = workers.map(lambda r, scratch: _owned(rows.make(work, r, source, scratch)[0]), ranges)
     try:
         return join(made, step.placed.output.shape)
     except EncodingError as exc:
@@ -190,14 +231,12 @@ def find_device(name: str) -> torch.device:
 class _Work:
     """A step with what its tasks share."""
 
-    def __init__(self, step: Step, ranges: list[range], stats: TensorStats | None, device: torch.device) -> None:
-        self.step, self.ranges, self.stats = step, ranges, stats
+    def __init__(self, step: Step, *, whole: bool, stats: TensorStats | None, device: torch.device) -> None:
+        self.step, self.whole, self.stats = step, whole, stats
         self.absmax: float | None = None
-        self.rows = row_count(step.placed.output.shape)
-        self.source_bytes = sum(spec.nbytes for spec in step.specs)
         # Parts per tensor come with the first task, and the check of every other one needs them.
         per_tensor = any(part.per == "tensor" for part in step.placed.parts)
-        self.shared: Future[dict[str, torch.Tensor]] | None = Future() if per_tensor and len(ranges) > 1 else None
+        self.shared: Future[dict[str, torch.Tensor]] | None = Future() if per_tensor and not whole else None
         proposal = step.placed.proposal
         self.needs: frozenset[str] = proposal.needs if proposal is not None else frozenset()
         self.importance = self._importance(device) if step.action == "quantize" else None
@@ -219,7 +258,7 @@ class _Work:
 
     @property
     def wants_absmax(self) -> bool:
-        """Whether a first pass must tell the largest magnitude."""
+        """Whether the scheme must be told the largest magnitude: by a first pass, unless it gets all rows at once."""
         return self.step.action == "quantize" and "absmax" in self.needs
 
     @property
@@ -251,9 +290,6 @@ class _Work:
         return importance.to(device)
 
 
-_Task = tuple[_Work, range]
-
-
 class _Place(NamedTuple):
     """Where a part goes."""
 
@@ -277,11 +313,10 @@ class _RowWorker:
     def __init__(self, source: Source, options: RunOptions, device: torch.device) -> None:
         self.source, self.device, self.nonfinite = source, device, options.nonfinite
 
-    def make(self, task: _Task, scratch: Scratch) -> tuple[Rows, Energies]:
-        """The rows of a task as they are stored, and how far they are from their source. Checked."""
-        work, rows = task
+    def make(self, work: _Work, rows: range, reading: Reading, scratch: Scratch) -> tuple[Rows, Energies]:
+        """Rows of an output as they are stored, and how far they are from their source. Checked."""
         try:
-            value = read_rows(work.step, self.source, rows, scratch).to(self.device)
+            value = read_rows(work.step, reading, rows, scratch).to(self.device)
             if isinstance(value, QuantizedTensor):
                 return self._repacked(value, work)
             if work.step.action == "quantize":
@@ -294,11 +329,10 @@ class _RowWorker:
         except (Mismatch, EncodingError, torch.OutOfMemoryError) as exc:
             raise self._named(exc, work, rows) from exc
 
-    def absmax(self, task: _Task, scratch: Scratch) -> float:
-        """Largest magnitude of the rows of a task."""
-        work, rows = task
+    def absmax(self, work: _Work, rows: range, reading: Reading, scratch: Scratch) -> float:
+        """Largest magnitude of rows of an output."""
         try:
-            value = read_rows(work.step, self.source, rows, scratch)
+            value = read_rows(work.step, reading, rows, scratch)
             assert isinstance(value, torch.Tensor)
             found = magnitude(value, scratch)
             if not math.isfinite(found):
@@ -422,13 +456,12 @@ class _Store:
             if (output, part) in wanted
         }
 
-    def put(self, task: _Task, value: Rows) -> None:
-        """Store the rows of a task.
+    def put(self, work: _Work, rows: range, value: Rows) -> None:
+        """Store rows of an output.
 
         :raises CheckError: when they do not unpack to the same bits.
         :raises OutputError: when they cannot be written.
         """
-        work, rows = task
         packed, known = self._packed(work, rows, value)
         placed, parts = work.step.placed, self.places[work.step.placed.output.name]
         back = self.exporter.unpack({**packed, **known}, placed.output, placed.held, rows.start)
@@ -479,14 +512,23 @@ class _Store:
 class _Meter:
     """Turns finished tasks into progress, by the bytes of their sources."""
 
-    def __init__(self, stage: Literal["scan", "write"], tasks: Sequence[_Task], tell: ProgressCallback) -> None:
-        self.stage, self.tell, self.done = stage, tell, 0
-        self.total = sum(map(_source_bytes, tasks))
+    def __init__(
+        self, stage: Literal["scan", "write"], works: Sequence[_Work], tasks: Sequence[Task], tell: ProgressCallback
+    ) -> None:
+        self.stage, self.works, self.tell, self.done = stage, works, tell, 0
+        self.total = sum(task.nbytes for task in tasks)
 
-    def finished(self, tasks: Sequence[_Task]) -> None:
+    def finished(self, tasks: Sequence[Task]) -> None:
         """Count tasks."""
-        self.done += sum(map(_source_bytes, tasks))
-        self.tell(Progress(self.stage, tasks[-1][0].step.placed.output.name, self.done, self.total))
+        self.done += sum(task.nbytes for task in tasks)
+        last, _ = tasks[-1].outputs[-1]
+        self.tell(Progress(self.stage, self.works[last].step.placed.output.name, self.done, self.total))
+
+
+def _exporter(plan: Plan) -> Exporter:
+    if plan.exporter is None or not plan.files:
+        raise PlanError(f"{plan.info.name}: a plan without a format cannot be written")
+    return plan.exporter
 
 
 def _threads(options: RunOptions) -> int:
@@ -501,29 +543,52 @@ def _chunk_elements(options: RunOptions, device: torch.device) -> int:
 
 def _works(
     steps: Sequence[Step], options: RunOptions, device: torch.device, stats: Mapping[str, TensorStats] | None
-) -> list[_Work]:
-    check_steps(steps)
-    elements = _chunk_elements(options, device)
+) -> tuple[list[_Work], list[Task]]:
+    """What there is to do, one per step, and the tasks that do it."""
+    tasks = schedule(steps, _chunk_elements(options, device))
+    counts = Counter(index for task in tasks for index, _ in task.outputs)
     known = stats or {}
-    return [_Work(s, task_ranges(s, elements), known.get(s.specs[0].name) if s.specs else None, device) for s in steps]
+    works = [
+        _Work(s, whole=counts[i] == 1, stats=known.get(s.specs[0].name) if s.specs else None, device=device)
+        for i, s in enumerate(steps)
+    ]
+    return works, tasks
 
 
-def _scan(works: Sequence[_Work], rows: _RowWorker, workers: Workers, tell: ProgressCallback) -> None:
+def _reading(source: Source, task: Task) -> Reading:
+    return source if len(task.outputs) == 1 else ReadOnce(source, task.pieces)
+
+
+def _scan(
+    works: Sequence[_Work], tasks: Sequence[Task], rows: _RowWorker, workers: Workers, tell: ProgressCallback
+) -> None:
     """The first pass: numbers of whole tensors, for those that are not taken in one piece anyway."""
-    tasks = [(work, r) for work in works if work.wants_absmax and len(work.ranges) > 1 for r in work.ranges]
-    found = workers.map(rows.absmax, tasks, _Meter("scan", tasks, tell).finished)
-    for (work, _), value in zip(tasks, found, strict=True):
-        work.absmax = max(work.absmax or 0.0, value)
+    wanted = {index for index, work in enumerate(works) if work.wants_absmax and not work.whole}
+    chosen = [
+        dataclasses.replace(task, outputs=outputs)
+        for task in tasks
+        if wanted and (outputs := tuple(o for o in task.outputs if o[0] in wanted))
+    ]
+
+    def absmax(task: Task, scratch: Scratch) -> list[float]:
+        reading = _reading(rows.source, task)
+        return [rows.absmax(works[index], r, reading, scratch) for index, r in task.outputs]
+
+    found = workers.map(absmax, chosen, _Meter("scan", works, chosen, tell).finished)
+    for task, values in zip(chosen, found, strict=True):
+        for (index, _), value in zip(task.outputs, values, strict=True):
+            works[index].absmax = max(works[index].absmax or 0.0, value)
 
 
 def _compare_ties(decisions: Sequence[Decision], source: Source, workers: Workers) -> None:
     """Tensors that are left out because the model shares them must be the same in the file."""
     specs = {d.spec.name: d.spec for d in decisions}
     shares: Callable[[str, str], bool] = getattr(source, "shares_storage", lambda *_: False)
+    dropped = {d.spec.name: d.spec for d in decisions if d.action == "drop"}  # by several plans perhaps
     tasks: list[tuple[TensorSpec, TensorSpec, range]] = []
-    for decision in decisions:
-        spec, first = decision.spec, specs.get(decision.spec.tied_to or "")
-        if decision.action != "drop" or first is None or shares(spec.name, first.name):
+    for spec in dropped.values():
+        first = specs.get(spec.tied_to or "")
+        if first is None or shares(spec.name, first.name):
             continue
         if (spec.shape, spec.dtype, spec.encoding) != (first.shape, first.dtype, first.encoding):
             raise _untied(source, spec, first)
@@ -586,25 +651,18 @@ def _record(part: Part, rows: int) -> int:
     return part.nbytes // records
 
 
-def _tensor_reports(tasks: Sequence[_Task], measured: Sequence[Energies]) -> tuple[TensorReport, ...]:
-    totals: dict[int, Energies] = {}
-    works: dict[int, _Work] = {}
-    for (work, _), found in zip(tasks, measured, strict=True):
-        totals[id(work)] = totals.get(id(work), Energies()).plus(found)
-        works[id(work)] = work
-    reports = []
-    for key, work in works.items():
-        step, total = work.step, totals[key]
+def _tensor_reports(
+    works: Sequence[_Work], tasks: Sequence[Task], measured: Sequence[Sequence[Energies]]
+) -> Iterator[TensorReport]:
+    totals = [Energies() for _ in works]
+    for task, found in zip(tasks, measured, strict=True):
+        for (index, _), one in zip(task.outputs, found, strict=True):
+            totals[index] = totals[index].plus(one)
+    for work, total in zip(works, totals, strict=True):
+        step = work.step
         action = "repack" if step.action == "keep" and step.placed.held.encoding is not None else step.action
         out, layout = step.placed.output, step.placed.held.layout
-        reports.append(TensorReport(out.name, action, layout, out.numel, *total, nbytes=step.nbytes))
-    return tuple(reports)
-
-
-def _source_bytes(task: _Task) -> int:
-    work, rows = task
-    count = max(1, work.rows)
-    return work.source_bytes * rows.stop // count - work.source_bytes * rows.start // count
+        yield TensorReport(out.name, action, layout, out.numel, *total, nbytes=step.nbytes)
 
 
 def _element(shape: tuple[int, ...], rows: range, index: int | None) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from monoquant_core.encoding import Encoding, Param, param_shape
 from monoquant_core.errors import EncodingError, PlanError, SourceError
 from monoquant_core.exporters import Output
-from monoquant_core.model import Source, TensorSpec
+from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.planning import Step
 from monoquant_core.reencode import lift
 from monoquant_core.rows import all_rows, chunk_shape, row_count, row_length
@@ -21,7 +22,38 @@ from monoquant_core.tensor import ParamValue, QuantizedTensor, dtype_name, same_
 Rows = QuantizedTensor | torch.Tensor
 
 
-def read_rows(step: Step, source: Source, rows: range, scratch: Scratch) -> Rows:
+class Reading(Protocol):
+    """The part of a source that is needed here."""
+
+    info: ModelInfo
+
+    def read(self, name: str, rows: range, scratch: Scratch | None = None) -> Rows:
+        """As :meth:`Source.read`."""
+        ...
+
+
+class ReadOnce:
+    """What a task reads for several outputs: the rows of each tensor come from the source once.
+
+    :param pieces: how many different reads there will be. A single one stays in the worker's buffer, where the source
+        put it; several are copied, because each would overwrite the last.
+    """
+
+    def __init__(self, source: Reading, pieces: int) -> None:
+        self.info = source.info
+        self._source, self._pieces = source, pieces
+        self._known: dict[tuple[str, range], Rows] = {}
+
+    def read(self, name: str, rows: range, scratch: Scratch | None = None) -> Rows:
+        """As :meth:`Source.read`."""
+        key = name, rows
+        if key not in self._known:
+            value = self._source.read(name, rows, scratch)
+            self._known[key] = value.clone() if self._pieces > 1 else value
+        return self._known[key]
+
+
+def read_rows(step: Step, source: Reading, rows: range, scratch: Scratch) -> Rows:
     """Rows of a step's output as its action wants them: codes where they are kept, else floats.
 
     The result may live in the scratch buffers until the next call. It is not to be written to.
@@ -32,9 +64,10 @@ def read_rows(step: Step, source: Source, rows: range, scratch: Scratch) -> Rows
     shape = chunk_shape(out.shape, rows)
     transform = out.transform
     if transform is not None and (transform.per == "tensor" or not step.specs):
-        inputs = [_floats(_read(source, spec, all_rows(spec.shape), scratch)) for spec in step.specs[:1]]
-        if len(step.specs) > 1:  # the next read may use the buffer of the last one
-            inputs = [_floats(_read(source, s, all_rows(s.shape), scratch)).clone() for s in step.specs]
+        inputs: list[torch.Tensor] = []
+        for spec in step.specs:
+            whole = _floats(_read(source, spec, all_rows(spec.shape), scratch))
+            inputs.append(whole.clone() if len(step.specs) > 1 else whole)  # the next read may use the same buffer
         if out.rows is not None and inputs:
             inputs = [_permute(inputs[0], out.rows.order, scratch)]
         return _shaped(transform.apply(inputs), shape, out)
@@ -62,7 +95,7 @@ def join(chunks: Sequence[Rows], shape: tuple[int, ...]) -> Rows:
     return _join_quantized([c for c in chunks if isinstance(c, QuantizedTensor)], first.encoding, shape)
 
 
-def _read(source: Source, spec: TensorSpec, rows: range, scratch: Scratch) -> Rows:
+def _read(source: Reading, spec: TensorSpec, rows: range, scratch: Scratch) -> Rows:
     value = source.read(spec.name, rows, scratch)
     wanted = chunk_shape(spec.shape, rows)
     if isinstance(value, QuantizedTensor) != (spec.encoding is not None) or tuple(value.shape) != wanted:
@@ -74,7 +107,7 @@ def _read(source: Source, spec: TensorSpec, rows: range, scratch: Scratch) -> Ro
     return value
 
 
-def _joined(step: Step, source: Source, rows: range, shape: tuple[int, ...], scratch: Scratch) -> Rows:
+def _joined(step: Step, source: Reading, rows: range, shape: tuple[int, ...], scratch: Scratch) -> Rows:
     """The rows one after another, in the shape of the output's chunk."""
     found = pieces(step, rows)
     if len(found) == 1:

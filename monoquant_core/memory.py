@@ -6,23 +6,27 @@ import functools
 import heapq
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
 from monoquant_core.model import DTYPE_BITS
 from monoquant_core.planning import Plan, Step
-from monoquant_core.rows import chunks, row_length
-from monoquant_core.tasks import CHUNK_ELEMENTS, task_ranges, task_rows
+from monoquant_core.rows import row_length
+from monoquant_core.tasks import CHUNK_ELEMENTS, Task, largest_tasks
 
 _OVERHEAD = 16 << 20  #: threads' stacks, allocator arenas, headers and plan; measured
 _HELD = 4 << 20  #: more than what is in use, before freed memory is looked for again
 
 
-def working_bytes(plan: Plan, threads: int, chunk_elements: int = CHUNK_ELEMENTS) -> int:
-    """Predicted peak memory above what the process has at the start of a run: workers x chunk, never the model."""
-    largest = heapq.nlargest(max(1, threads), (_task_bytes(step, chunk_elements) for step in plan.steps))
-    return _OVERHEAD + sum(largest)
+def working_bytes(plans: Sequence[Plan], threads: int, chunk_elements: int = CHUNK_ELEMENTS) -> int:
+    """Predicted peak memory above what the process has at the start of a run: workers x chunk, never the model.
+
+    :param plans: of the outputs that are written in one pass.
+    """
+    steps = [step for plan in plans for step in plan.steps]
+    tasks = (_task_bytes(task, steps) for task in largest_tasks(steps, chunk_elements))
+    return _OVERHEAD + sum(heapq.nlargest(max(1, threads), tasks))
 
 
 def usable_cores() -> int:
@@ -72,13 +76,15 @@ class FreedMemory:
         self._limit = max(self._limit, resident_bytes() + _HELD)
 
 
-def _task_bytes(step: Step, chunk_elements: int) -> int:
-    """Buffers of the largest task of a step: what is read, floats and their check, codes, and packed parts."""
+def _task_bytes(task: Task, steps: Sequence[Step]) -> int:
+    """Buffers of a task: those of each output's scheme, and copies of what several outputs are made of."""
+    copies = task.nbytes if len(task.outputs) > 1 and task.pieces > 1 else 0
+    return copies + sum(_output_bytes(steps[index], len(rows)) for index, rows in task.outputs)
+
+
+def _output_bytes(step: Step, rows: int) -> int:
+    """Buffers for rows of an output: what is read, floats and their check, codes, and packed parts."""
     out = step.placed.output
-    if any(s.shape != out.shape for s in step.specs):
-        rows = max(map(len, task_ranges(step, chunk_elements)))
-    else:
-        rows = len(next(chunks(out.shape, task_rows(step), chunk_elements)))
     elements = rows * row_length(out.shape)
     stored = DTYPE_BITS[out.dtype] / 8
     read = max((DTYPE_BITS[s.dtype] / 8 for s in step.specs), default=stored)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from monoquant_core.encoding import Encoding, param_shape
 from monoquant_core.errors import EncodingError, PlanError
@@ -14,6 +16,41 @@ from monoquant_core.reencode import can_reencode, lift
 from monoquant_core.rows import all_rows, chunk_shape, chunks, quantum, row_count, row_length
 
 CHUNK_ELEMENTS = 1 << 19  #: large beside what a task costs, small beside a cache (docs/performance.md)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What one thread works on at a time: rows of one output, or of several that are made of the same rows."""
+
+    outputs: tuple[tuple[int, range], ...]  #: (index of the step, rows of its output), to be made in this order
+    nbytes: int  #: of the source that are read for it
+    pieces: int = 1  #: reads from the source, each of another tensor
+    late: bool = False  #: after all that are not, because it is made of parts of theirs
+
+
+def schedule(steps: Sequence[Step], chunk_elements: int = CHUNK_ELEMENTS) -> list[Task]:
+    """All tasks of a run, in order.
+
+    Outputs that are made of the same tensors, in one plan or in several, share tasks, so that every row of the source
+    is read once. Their chunks are multiples of what each of them asks for. Where one of them needs more in one piece
+    (a tensor that is transposed, several experts at once), the others get the same piece.
+    """
+    early, late = list[Task](), list[Task]()
+    for group in _groups(steps):
+        waits = any(waits_for(steps[i]) for i in group)
+        for task in _group_tasks(steps, group, chunk_elements):
+            (late if waits else early).append(dataclasses.replace(task, late=waits) if waits else task)
+    return early + late
+
+
+def largest_tasks(steps: Sequence[Step], chunk_elements: int = CHUNK_ELEMENTS) -> Iterator[Task]:
+    """For each set of outputs that share tasks, the one that takes the most memory; without making all of them."""
+    for group in _groups(steps):
+        tasks = _group_tasks(steps, group, chunk_elements)
+        if _alike(steps, group):
+            yield next(tasks)  # chunks of one tensor: the last one may be smaller, none is larger
+        else:
+            yield max(tasks, key=lambda task: sum(len(rows) for _, rows in task.outputs))
 
 
 def task_rows(step: Step) -> int:
@@ -39,10 +76,13 @@ def task_rows(step: Step) -> int:
     return min(count, math.lcm(mapped, *own, *theirs, *stored))
 
 
-def task_ranges(step: Step, chunk_elements: int = CHUNK_ELEMENTS) -> list[range]:
-    """The row ranges of an output that make one task each, in order."""
+def task_ranges(step: Step, chunk_elements: int = CHUNK_ELEMENTS, multiple: int = 1) -> list[range]:
+    """The row ranges of an output that make one task each, in order.
+
+    :param multiple: rows that others, who share the tasks, must have together.
+    """
     shape = step.placed.output.shape
-    found = list(chunks(shape, task_rows(step), chunk_elements))
+    found = list(chunks(shape, math.lcm(task_rows(step), multiple), chunk_elements))
     if len(found) > 1 and any(s.shape != shape for s in step.specs) and not _readable(step, found):
         return [all_rows(shape)]
     return found
@@ -100,6 +140,126 @@ def check_steps(steps: Sequence[Step]) -> None:
                 )
 
 
+def _groups(steps: Sequence[Step]) -> list[list[int]]:
+    """Indices of the steps that share inputs, directly or by way of others."""
+    sets, first = _Sets(len(steps)), dict[str, int]()
+    for index, step in enumerate(steps):
+        for spec in step.specs:
+            sets.join(first.setdefault(spec.name, index), index)
+    found = []
+    awaited = {output for step in steps for output, _ in waits_for(step)}
+    for group in sets.groups():
+        late = [i for i in group if waits_for(steps[i])]
+        if late and any(steps[i].placed.output.name in awaited for i in group):
+            # The others cannot wait as well, so that these read the same rows again.
+            found += [[i for i in group if i not in late], *([i] for i in late)]
+        else:
+            found.append(group)
+    return found
+
+
+def _group_tasks(steps: Sequence[Step], group: Sequence[int], chunk_elements: int) -> Iterator[Task]:
+    own = {i: task_rows(steps[i]) for i in group}
+    parts = [n for i, n in own.items() if n < row_count(steps[i].placed.output.shape)]
+    common = math.lcm(*parts)
+    if len(group) == 1 or (len(parts) == len(group) and _alike(steps, group)):
+        for rows in task_ranges(steps[group[0]], chunk_elements, common):
+            yield _task(steps, dict.fromkeys(group, rows))
+        return
+    cut = [(i, rows) for i in group for rows in task_ranges(steps[i], chunk_elements, common)]
+    found = [_joined(steps, [cut[n] for n in members]) for members in _overlapping(steps, cut).groups()]
+    together = [task for task in found if task is not None]
+    if len(together) == len(found) and _in_order(together):
+        yield from together
+    else:  # inputs that are joined in different orders, or in pieces that are no boxes
+        yield _task(steps, {i: all_rows(steps[i].placed.output.shape) for i in group})
+
+
+def _alike(steps: Sequence[Step], group: Sequence[int]) -> bool:
+    """Whether every output has the rows of one tensor, which is the same for all."""
+    return all(len(steps[i].specs) == 1 and steps[i].specs[0].shape == steps[i].placed.output.shape for i in group)
+
+
+def _overlapping(steps: Sequence[Step], cut: Sequence[tuple[int, range]]) -> _Sets:
+    """Which row ranges of outputs read rows in common."""
+    sets, spans = _Sets(len(cut)), dict[str, list[tuple[int, int, int]]]()
+    for number, (index, rows) in enumerate(cut):
+        for spec, inner in pieces(steps[index], rows):
+            spans.setdefault(spec.name, []).append((inner.start, max(inner.stop, inner.start + 1), number))
+    for found in spans.values():
+        found.sort()
+        _, end, first = found[0]
+        for start, stop, number in found:
+            if start >= end:
+                first = number
+            sets.join(first, number)
+            end = max(end, stop)
+    return sets
+
+
+def _joined(steps: Sequence[Step], members: Sequence[tuple[int, range]]) -> Task | None:
+    """One task of row ranges that read rows in common; None where they do not make one range of each output."""
+    joined: dict[int, range] = {}
+    for index, rows in members:
+        known = joined.get(index, range(rows.start, rows.start))
+        if known.stop != rows.start:
+            return None
+        joined[index] = range(known.start, rows.stop)
+    reads: dict[str, range] = {}
+    for index, rows in joined.items():
+        if not _readable(steps[index], [rows]):
+            return None
+        for spec, inner in pieces(steps[index], rows):
+            if reads.setdefault(spec.name, inner) != inner:
+                return None
+    return _task(steps, joined)
+
+
+def _task(steps: Sequence[Step], rows: dict[int, range]) -> Task:
+    reads = {spec.name: (spec, inner) for i, r in rows.items() for spec, inner in pieces(steps[i], r)}
+    return Task(tuple(rows.items()), sum(_read_bytes(*read) for read in reads.values()), len(reads))
+
+
+def _read_bytes(spec: TensorSpec, rows: range) -> int:
+    count = max(1, row_count(spec.shape))
+    return spec.nbytes * rows.stop // count - spec.nbytes * rows.start // count
+
+
+def _in_order(tasks: Sequence[Task]) -> bool:
+    """Whether the rows of every output come in order: later ones may wait for what the first ones find out."""
+    reached: dict[int, int] = {}
+    for index, rows in itertools.chain.from_iterable(task.outputs for task in tasks):
+        if rows.start < reached.get(index, 0):
+            return False
+        reached[index] = rows.stop
+    return True
+
+
+class _Sets:
+    """Disjoint sets of the numbers below ``count``."""
+
+    def __init__(self, count: int) -> None:
+        self._parents = list(range(count))
+
+    def join(self, a: int, b: int) -> None:
+        """Make the sets of both one."""
+        a, b = self._root(a), self._root(b)
+        self._parents[max(a, b)] = min(a, b)
+
+    def groups(self) -> list[list[int]]:
+        """The sets, in order of their smallest members."""
+        found: dict[int, list[int]] = {}
+        for number in range(len(self._parents)):
+            found.setdefault(self._root(number), []).append(number)
+        return list(found.values())
+
+    def _root(self, number: int) -> int:
+        while self._parents[number] != number:
+            self._parents[number] = self._parents[self._parents[number]]
+            number = self._parents[number]
+        return number
+
+
 def _check_repack(step: Step) -> None:
     """A finished tensor, or several that are stacked, must fit the encoding that is to be stored."""
     out, held = step.placed.output, step.placed.held.encoding
@@ -124,14 +284,16 @@ def _check_repack(step: Step) -> None:
 
 def _readable(step: Step, ranges: Sequence[range]) -> bool:
     """Whether every task reads boxes of whole blocks of its inputs, as :meth:`Source.read` wants them."""
-    for spec, rows in itertools.chain.from_iterable(pieces(step, r) for r in ranges):
-        own = quantum(spec.shape, spec.encoding, tensor_wide=True)
-        if rows.start % own or (rows.stop % own and rows.stop != row_count(spec.shape)):
-            return False
-        try:
+    try:
+        for r in ranges:
+            chunk_shape(step.placed.output.shape, r)
+        for spec, rows in itertools.chain.from_iterable(pieces(step, r) for r in ranges):
+            own = quantum(spec.shape, spec.encoding, tensor_wide=True)
+            if rows.start % own or (rows.stop % own and rows.stop != row_count(spec.shape)):
+                return False
             chunk_shape(spec.shape, rows)
-        except EncodingError:
-            return False
+    except EncodingError:
+        return False
     return True
 
 

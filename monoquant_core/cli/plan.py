@@ -78,7 +78,7 @@ def show_plan(plan: Plan, *, threads: int, json: bool) -> None:
     """Print a plan: a row for every tensor with its reason, then totals and notes."""
     from monoquant_core.memory import usable_cores, working_bytes
 
-    memory = working_bytes(plan, threads or usable_cores())
+    memory = working_bytes([plan], threads or usable_cores())
     if json:
         out_json({**plan.to_dict(), "working_memory_bytes": memory})
         return

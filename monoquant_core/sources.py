@@ -15,9 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from monoquant_core import kinds
+from monoquant_core import kinds, named_code
 from monoquant_core.containers import folder as folders
 from monoquant_core.containers.entries import TensorEntry, shown, tensor_at
+from monoquant_core.containers.pt2_graph import Pt2Graph
 from monoquant_core.containers.reader import FileReader
 from monoquant_core.containers.safetensors import Header, read_header
 from monoquant_core.declarations import SourceDeclaration
@@ -30,32 +31,51 @@ if TYPE_CHECKING:
     from monoquant_core.plugins import Registry
     from monoquant_core.scratch import Scratch
 
-    Model = str | os.PathLike[str] | torch.nn.Module | Mapping[str, torch.Tensor]
+    Model = str | os.PathLike[str] | torch.nn.Module | torch.export.ExportedProgram | Mapping[str, torch.Tensor]
 
 #: suffixes of files that the core reads
 CHECKPOINTS = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *CHECKPOINTS, ".pt2")
 ACCEPTED = (
     "a model folder (config.json with model.safetensors, its shards, or pytorch_model.bin), "
-    f"a file ({', '.join(SUFFIXES)}), an nn.Module or a state_dict"
+    f"a file ({', '.join(SUFFIXES)}), pkg.mod:factory with --weights, an nn.Module, an ExportedProgram or a state_dict"
 )
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
 
 
-def open_source(src: Model, registry: Registry | None = None, *, unsafe_pickle: bool = False) -> Source:
+def open_source(
+    src: Model,
+    registry: Registry | None = None,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    unsafe_pickle: bool = False,
+) -> Source:
     """Open a model. Readers of plugins are asked first, then the core's own.
 
+    :param src: a path, a module, a program, a state dict, or ``pkg.mod:factory``: code that makes the module.
+    :param weights: a checkpoint for the module that ``src`` is, or makes.
     :param unsafe_pickle: run the code in pickles that carry some, instead of refusing them.
     :raises SourceError: naming the file, what is wrong with it, and what is accepted.
     """
+    torch = sys.modules.get("torch")  # without it there is no module either
+    if isinstance(src, str) and named_code.is_reference(src):
+        return _made(src, weights, registry, unsafe_pickle=unsafe_pickle)
+    if weights is not None:
+        if torch is None or not isinstance(src, torch.nn.Module):
+            raise SourceError(
+                f"{src if isinstance(src, str | os.PathLike) else type(src).__name__}: weights belong to a module",
+                hint="give pkg.mod:factory as the model, or open the weights themselves",
+            )
+        _load_weights(src, weights, registry, unsafe_pickle=unsafe_pickle)
     if isinstance(src, str | os.PathLike):
         return _open_path(src, registry, unsafe_pickle=unsafe_pickle)
     if isinstance(src, Mapping):
         return StateDictSource(src)
-    torch = sys.modules.get("torch")  # without it there is no module either
     if torch is not None and isinstance(src, torch.nn.Module):
         return ModuleSource(src)
+    if torch is not None and isinstance(src, torch.export.ExportedProgram):
+        return ProgramSource(src)
     raise SourceError(f"{type(src).__name__}: not a model", hint=f"accepted: {ACCEPTED}")
 
 
@@ -196,7 +216,7 @@ class Pt2Source(TensorSource):
             if not program.entries and not program.tensors:
                 raise SourceError(f"{path}: holds no parameters and no buffers")
             super().__init__(
-                ModelInfo(str(path), paths=(path,), notes=tuple(program.notes)),
+                ModelInfo(str(path), paths=(path,), graph=Pt2Graph(path), notes=tuple(program.notes)),
                 program.entries,
                 [reader],
                 tensors=program.tensors,
@@ -233,16 +253,69 @@ class ModuleSource(TensorSource):
     :raises SourceError: naming the tensor that cannot be read.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        name = type(module).__name__
+    def __init__(self, module: torch.nn.Module, name: str = "", paths: tuple[Path, ...] = ()) -> None:
+        name = name or type(module).__name__
         tensors, notes = _state(module)
-        info = ModelInfo(name, config=_config(module), graph=module, notes=tuple(notes))
+        info = ModelInfo(name, config=_config(module), paths=paths, graph=module, notes=tuple(notes))
         super().__init__(info, {}, tensors=tensors, modules=_owners(module, tensors))
         self.specs()
 
     def close(self) -> None:
         """Let go of the tensors."""
         self.tensors = {}
+
+
+class ProgramSource(TensorSource):
+    """The parameters and persistent buffers of an exported program in memory.
+
+    :raises SourceError: naming the tensor that cannot be read.
+    """
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        from monoquant_core.containers.in_memory import find_state
+
+        tensors, notes = find_state("ExportedProgram", dict(program.state_dict))
+        super().__init__(ModelInfo("ExportedProgram", graph=program, notes=tuple(notes)), {}, tensors=tensors)
+        self.specs()
+
+    def close(self) -> None:
+        """Let go of the tensors."""
+        self.tensors = {}
+
+
+def _made(
+    reference: str, weights: str | os.PathLike[str] | None, registry: Registry | None, *, unsafe_pickle: bool
+) -> Source:
+    """A module that code of the user's makes."""
+    import torch
+
+    module = named_code.find(reference)
+    if not isinstance(module, torch.nn.Module):
+        if not callable(module):
+            raise SourceError(
+                f"{reference}: is a {type(module).__name__}, and a function that makes a module is wanted"
+            )
+        module = named_code.call(reference, module)
+    if not isinstance(module, torch.nn.Module):
+        raise SourceError(f"{reference}: makes a {type(module).__name__}, and an nn.Module is wanted")
+    paths: tuple[Path, ...] = ()
+    if weights is not None:
+        paths = _load_weights(module, weights, registry, unsafe_pickle=unsafe_pickle)
+    return ModuleSource(module, reference, paths)
+
+
+def _load_weights(
+    module: torch.nn.Module, weights: str | os.PathLike[str], registry: Registry | None, *, unsafe_pickle: bool
+) -> tuple[Path, ...]:
+    """Load a checkpoint into a module, and tell which files it was read from."""
+    from monoquant_core.graphs import load_weights
+
+    source = _open_path(weights, registry, unsafe_pickle=unsafe_pickle)
+    try:
+        load_weights(module, source)
+        return source.info.paths
+    finally:
+        source.close()
 
 
 def _open_path(src: str | os.PathLike[str], registry: Registry | None, *, unsafe_pickle: bool) -> Source:

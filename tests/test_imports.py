@@ -35,6 +35,10 @@ LAYERS: list[set[str]] = [
         "kinds",
         "recipe",
         "containers",
+        "runners",
+        "named_code",
+        "graphs",
+        "module_runner",
     },
     {
         "exporters",

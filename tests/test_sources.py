@@ -70,7 +70,11 @@ def test_every_source_is_a_source(tmp_path: Path) -> None:
     ("name", "message", "hint"),
     [
         ("none", "no such file or folder", "accepted: a model folder (config.json with model.safetensors"),
-        ("a.gguf", "no reader for '.gguf' files", "a file (.safetensors, .pt, .pth, .bin, .ckpt, .pt2), an nn.Module"),
+        (
+            "a.gguf",
+            "no reader for '.gguf' files",
+            "a file (.safetensors, .pt, .pth, .bin, .ckpt, .pt2), pkg.mod:factory",
+        ),
         ("plain", "no reader for files without a suffix", "accepted: a model folder"),
         ("model.safetensors.index.json", "the index of a sharded model", "give the folder that it is in"),
         ("a.safetensors/b", "cannot be opened: Not a directory", ""),

@@ -1,0 +1,174 @@
+"""What of a source can be run: its module, its program, or the graph of its format. Imports no torch until asked."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from monoquant_core.containers.pt2_graph import Pt2Graph
+from monoquant_core.errors import CalibrationError, SourceError
+from monoquant_core.model import Source
+from monoquant_core.runners import Runnable
+
+if TYPE_CHECKING:
+    import torch
+
+SEQUENCE = 16  #: extent of made-up inputs where a graph leaves it open
+
+_HINT = (
+    "run it from what has a graph: pkg.mod:factory with --weights, a .pt2 program, an .onnx file, or the folder of a "
+    "transformers model"
+)
+#: buffers that old checkpoints hold and models compute
+_COMPUTED = re.compile(r"(^|\.)(position_ids|inv_freq|rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
+
+
+def runnable_of(source: Source) -> Runnable:
+    """Something that runs what the source holds.
+
+    :raises CalibrationError: when it has only tensors, or what would run it is not installed.
+    :raises SourceError: when its graph cannot be loaded.
+    """
+    graph = source.info.graph
+    if graph is not None and hasattr(graph, "runner") and hasattr(graph, "inputs"):
+        runnable: Runnable = graph
+        return runnable
+    from monoquant_core.module_runner import ModuleGraph, ProgramGraph
+
+    if isinstance(graph, Pt2Graph):
+        return ProgramGraph(graph.load(), source.info.name)
+    if graph is not None and hasattr(graph, "graph_signature"):
+        return ProgramGraph(graph, source.info.name)
+    return ModuleGraph(module_of(source), source.info.name)
+
+
+def module_of(source: Source) -> torch.nn.Module:
+    """The source as an nn.Module with its weights, in evaluation mode where it was made here.
+
+    :raises CalibrationError: when there is none, or transformers, which would make it, is not installed.
+    :raises SourceError: when its weights and its module do not fit.
+    """
+    graph = source.info.graph
+    if isinstance(graph, Pt2Graph):
+        graph = graph.load()
+    if graph is not None and hasattr(graph, "graph_signature"):
+        module: torch.nn.Module = graph.module()
+        return module
+    if graph is not None and hasattr(graph, "state_dict") and callable(graph):
+        found: torch.nn.Module = graph
+        return found
+    if source.info.model_type is not None and Path(source.info.name).is_dir():
+        return _pretrained(source)
+    raise CalibrationError(f"{source.info.name}: has tensors and nothing that says how to run them", hint=_HINT)
+
+
+def load_weights(module: torch.nn.Module, source: Source) -> None:
+    """Copy a source's tensors into a module that has tensors of the same names and shapes.
+
+    :raises SourceError: when names or shapes differ; the module is unchanged then.
+    """
+    import torch
+
+    from monoquant_core.rows import row_count
+    from monoquant_core.tensor import QuantizedTensor
+
+    target = module.state_dict()
+    specs = {spec.name: spec for spec in source.specs()}
+    missing = sorted(set(target) - set(specs))
+    unexpected = sorted(set(specs) - set(target))
+    shapes = [n for n in target if n in specs and tuple(target[n].shape) != specs[n].shape]
+    if missing or unexpected or shapes:
+        problems = [
+            *([f"it lacks {_few(missing)}"] if missing else []),
+            *([f"the module has no {_few(unexpected)}"] if unexpected else []),
+            *([f"other shapes: {_few(shapes)}"] if shapes else []),
+        ]
+        raise SourceError(f"{source.info.name}: does not fit {type(module).__name__}: {'; '.join(problems)}")
+    with torch.no_grad():
+        for name, tensor in target.items():
+            value = source.read(name, range(row_count(specs[name].shape)))
+            tensor.copy_(value.dequantize() if isinstance(value, QuantizedTensor) else value)
+
+
+def made_up_batch(runnable: Runnable, samples: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs of the right shapes and dtypes without meaning: to trace a graph, never to calibrate.
+
+    Token ids are below the vocabulary's size where the model says it, other integers 0 or 1, floats normal.
+
+    :raises CalibrationError: when the model does not say what it takes.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    config = getattr(getattr(runnable, "module", None), "config", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    named = {i.name for i in runnable.inputs}
+    if isinstance(vocabulary, int) and "input_ids" in named:
+        ids = torch.randint(0, vocabulary, (samples, SEQUENCE), generator=generator)
+        batch = {"input_ids": ids}
+        if "attention_mask" in named:
+            batch["attention_mask"] = torch.ones_like(ids)
+        return batch
+    batch = {}
+    for given in runnable.inputs:
+        if given.shape is None or not given.dtype:
+            if not given.required:
+                continue
+            raise CalibrationError(
+                f"{getattr(runnable, 'name', 'the model')}: nothing tells what its input {given.name!r} is",
+                hint="give example inputs with --data",
+            )
+        free = [SEQUENCE if n is None else n for n in given.shape]
+        shape = [samples if given.shape[0] is None else free[0], *free[1:]] if free else []
+        dtype: Any = getattr(torch, given.dtype)
+        if dtype.is_floating_point:
+            batch[given.name] = torch.randn(shape, generator=generator).to(dtype)
+        else:
+            batch[given.name] = torch.randint(0, 2, shape, generator=generator).to(dtype)
+    return batch
+
+
+def _pretrained(source: Source) -> torch.nn.Module:
+    """A model of the transformers library, by the class that its config.json names. No code of the folder is run."""
+    folder, config = source.info.name, source.info.config or {}
+    try:
+        import transformers
+    except ImportError as exc:
+        raise CalibrationError(
+            f"{folder}: running it needs the transformers library", hint="pip install transformers"
+        ) from exc
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    known = isinstance(name, str) and re.fullmatch(r"[A-Z]\w*", name)
+    kind = getattr(transformers, str(name), None) if known else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise CalibrationError(
+            f"{folder}: config.json names {name!r}, which transformers {transformers.__version__} does not have",
+            hint="name your own class: pkg.mod:factory with --weights",
+        )
+    logging: Any = transformers.utils.logging
+    shows = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    pretrained: Any = kind
+    try:
+        model, loaded = pretrained.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, dtype="auto"
+        )
+    except Exception as exc:  # its reader fails in many ways
+        reason = f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
+        raise SourceError(f"{folder}: transformers does not load it: {reason}") from exc
+    finally:
+        if shows:
+            logging.enable_progress_bar()
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(n if isinstance(n, str) else n[0] for n in loaded.get(what, ()))
+        names = [n for n in names if not _COMPUTED.search(n)]
+        if names:
+            raise SourceError(f"{folder}: does not fit {name}: {what.replace('_', ' ')}: {_few(names)}")
+    module: torch.nn.Module = model.eval()
+    return module
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,59 +1,55 @@
-"""The searches of :mod:`.lanes`, compiled by numba: same arguments, same bits, several times as fast.
+"""The searches of :mod:`.lanes`, compiled by numba: same arguments, same bits, many times as fast.
 
-Needs the extra ``fast``. A batch of lanes is transposed, so that loops over lanes become vector instructions while the
-sum of every lane keeps its order. Without fastmath no product and sum are fused and nothing is reordered.
+Needs the extra ``fast``. 16 lanes at a time are transposed and then searched as vectors (:mod:`.simd`), the sum of
+every lane in its order. Without fastmath no product and sum are fused and nothing is reordered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
 import torch
 
+from monoquant_gguf.kernels.compiled_fits import refined, scaled
+from monoquant_gguf.kernels.jit import first_extreme, from_table, greater, helper, jit, smaller, to_level, transpose
 from monoquant_gguf.kernels.lanes import TINY
+from monoquant_gguf.kernels.simd import (
+    WIDTH,
+    load,
+    magnitude,
+    nowhere,
+    root,
+    some,
+    splat,
+    store,
+    where,
+)
 
-LANES = 32  #: sub-blocks at a time: their values and weights stay in the first-level cache
+__all__ = ["codebook", "descent", "ranged", "refined", "rounded", "scaled", "symmetric"]
 
-_F, _I = np.float32, np.int32
-_MAGIC, _ZERO, _TINY, _TENTH = _F(12582912.0), _F(0), _F(TINY), _F(0.1)
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _jit(function: _Function) -> _Function:
-    def compiled(*, cache: bool) -> _Function:
-        made = numba.njit(nogil=True, cache=cache, error_model="numpy", fastmath=False, boundscheck=False)(function)
-        return cast("_Function", made)
-
-    try:
-        return compiled(cache=True)
-    except RuntimeError:  # numba finds no folder that it may write to: it compiles in every process then
-        return compiled(cache=False)
+_F = np.float32
+_ZERO, _ONE, _TINY, _TENTH = _F(0), _F(1), _F(TINY), _F(0.1)
+_NONE = np.zeros((0, 0), _F)  #: in place of weights: those that llama.cpp makes of the values
 
 
 def symmetric(x: torch.Tensor, weights: torch.Tensor | None, half: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`monoquant_gguf.kernels.lanes.symmetric`."""
-    values = x.contiguous().numpy()
-    scale, codes = np.empty(len(x), _F), np.empty(values.shape, np.int8)
-    used = (x * x if weights is None else weights.contiguous()).numpy()
-    _symmetric(values, used, _I(half), scale, codes)
+    scale, codes = np.empty(len(x), _F), np.empty(tuple(x.shape), np.int8)
+    _symmetric(_array(x), _array(weights), _F(half), scale, codes)
     return torch.from_numpy(scale), torch.from_numpy(codes)
 
 
 def descent(x: torch.Tensor, half: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`monoquant_gguf.kernels.lanes.descent`."""
-    values = x.contiguous().numpy()
-    scale, codes = np.empty(len(x), _F), np.empty(values.shape, np.int8)
-    _descent(values, _I(half), scale, codes)
+    scale, codes = np.empty(len(x), _F), np.empty(tuple(x.shape), np.int8)
+    _descent(_array(x), _F(half), scale, codes)
     return torch.from_numpy(scale), torch.from_numpy(codes)
 
 
 def ranged(
     x: torch.Tensor,
-    weights: torch.Tensor,
+    weights: torch.Tensor | None,
     levels: int,
     first: float,
     step: float,
@@ -63,18 +59,16 @@ def ranged(
     guarded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`monoquant_gguf.kernels.lanes.ranged`."""
-    values = x.contiguous().numpy()
-    scale, minimum, codes = np.empty(len(x), _F), np.empty(len(x), _F), np.empty(values.shape, np.uint8)
+    scale, minimum, codes = np.empty(len(x), _F), np.empty(len(x), _F), np.empty(tuple(x.shape), np.uint8)
     factors = np.array([_F(first) + _F(step) * _F(k) + _F(levels) for k in range(steps + 1)], _F)
-    _ranged(values, weights.contiguous().numpy(), _I(levels), factors, absolute, guarded, scale, minimum, codes)
+    _ranged(_array(x), _array(weights), _F(levels), factors, absolute, guarded, scale, minimum, codes)
     return torch.from_numpy(scale), torch.from_numpy(minimum), torch.from_numpy(codes)
 
 
 def codebook(x: torch.Tensor, weights: torch.Tensor, values: tuple[float, ...], tries: int) -> torch.Tensor:
     """See :func:`monoquant_gguf.kernels.lanes.codebook`."""
-    table = np.array(values, _F)
-    scale = np.empty(len(x), _F)
-    _codebook(x.contiguous().numpy(), weights.contiguous().numpy(), table, table[1:] + table[:-1], tries, scale)
+    table, scale = np.array(values, _F), np.empty(len(x), _F)
+    _codebook(_array(x), _array(weights), table, table[1:] + table[:-1], tries, scale)
     return torch.from_numpy(scale)
 
 
@@ -85,123 +79,130 @@ def rounded(
     codes = np.empty(tuple(x.shape), np.uint8 if low == 0 else np.int8)
     offsets = torch.zeros_like(scale) if added is None else added
     given = searched.contiguous().numpy().astype(codes.dtype, copy=False)
-    _rounded(x.contiguous().numpy(), scale.numpy(), offsets.numpy(), given, _I(low), _I(high), codes)
+    _rounded(_array(x), scale.numpy(), offsets.numpy(), given, _F(low), _F(high), codes)
     return torch.from_numpy(codes)
 
 
-@_jit
-def _nearest(value: Any) -> Any:
-    return (_F(value + _MAGIC).view(np.int32) & _I(0x7FFFFF)) - _I(0x400000)
+def _array(x: torch.Tensor | None) -> np.ndarray[Any, Any]:
+    return _NONE if x is None else x.contiguous().numpy()
 
 
-@_jit
-def _clip(code: Any, low: Any, high: Any) -> Any:
-    return min(max(code, low), high)
-
-
-@_jit
-def _transpose(source: Any, start: int, out: Any) -> None:
-    """Lanes from ``start`` as columns; where there are no more, the last one again."""
-    last = source.shape[0] - 1
-    for j in range(LANES):
-        row = min(start + j, last)
-        for i in range(source.shape[1]):
-            out[i, j] = source[row, i]
-
-
-@_jit
-def _extremes(x: Any, amax: Any, extreme: Any) -> None:
-    for j in range(LANES):
-        amax[j] = _ZERO
-        extreme[j] = _ZERO
-    for i in range(x.shape[0]):
-        for j in range(LANES):
-            size = abs(x[i, j])
-            larger = size > amax[j]
-            extreme[j] = x[i, j] if larger else extreme[j]
-            amax[j] = size if larger else amax[j]
-
-
-@_jit
+@jit
 def _symmetric(values: Any, weights: Any, half: Any, scales: Any, codes: Any) -> None:
     lanes, n = values.shape
-    x, w = np.empty((n, LANES), _F), np.empty((n, LANES), _F)
-    amax, extreme, inverse, kept = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F)
-    xl, ll, best, scale = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F)
-    for start in range(0, lanes, LANES):
-        _transpose(values, start, x)
-        _transpose(weights, start, w)
-        _extremes(x, amax, extreme)
+    x, w, wx = np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F)
+    found = np.empty((3, WIDTH), _F)
+    zero, lowest, highest = splat(_ZERO), splat(-half), splat(half - _ONE)
+    for start in range(0, lanes, WIDTH):
+        transpose(values, start, x)
+        if weights.size:
+            transpose(weights, start, w)
+        for at in range(0, x.size, WIDTH):
+            if not weights.size:
+                store(w, at, load(x, at) * load(x, at))
+            store(wx, at, load(w, at) * load(x, at))
+        size, extreme = first_extreme(x)
+        best, scale, kept = zero, zero, zero
         for turn in range(19):
             step = 0 if turn == 0 else (turn - 10 if turn < 10 else turn - 9)
-            ends = -(_F(half) + _TENTH * _F(step))
-            for j in range(LANES):
-                inverse[j] = ends / extreme[j]
-                xl[j] = _ZERO
-                ll[j] = _ZERO
-            for i in range(n):
-                for j in range(LANES):
-                    level = _F(_clip(_nearest(inverse[j] * x[i, j]), -half, half - _I(1)))
-                    xl[j] += w[i, j] * x[i, j] * level
-                    ll[j] += w[i, j] * level * level
-            for j in range(LANES):
-                fit = xl[j] / ll[j]
-                if turn == 0:
-                    fit = fit if ll[j] != _ZERO else _ZERO
-                better = turn == 0 or ((ll[j] > _ZERO) and (xl[j] * xl[j] > best[j] * ll[j]))
-                scale[j] = fit if better else scale[j]
-                best[j] = fit * xl[j] if better else best[j]
-                kept[j] = inverse[j] if better else kept[j]
-        for j in range(min(LANES, lanes - start)):
-            empty = amax[j] < _TINY
-            scales[start + j] = _ZERO if empty else scale[j]
-            for i in range(n):
-                codes[start + j, i] = -half if empty else _clip(_nearest(kept[j] * x[i, j]), -half, half - _I(1))
+            inverse = splat(-(half + _TENTH * _F(step))) / extreme
+            xl, ll = zero, zero
+            for at in range(0, x.size, WIDTH):
+                level = to_level(inverse * load(x, at), lowest, highest)
+                xl = xl + load(wx, at) * level
+                ll = ll + load(w, at) * level * level
+            fit = xl / ll
+            if turn == 0:
+                scale, kept = where(ll != zero, fit, zero), inverse
+                best = scale * xl
+            else:
+                better = (ll > zero) & (xl * xl > best * ll)
+                scale, kept, best = (
+                    where(better, fit, scale),
+                    where(better, inverse, kept),
+                    where(better, fit * xl, best),
+                )
+        store(found, 0, size)
+        store(found, WIDTH, scale)
+        store(found, 2 * WIDTH, kept)
+        for j in range(min(WIDTH, lanes - start)):
+            empty = found[0, j] < _TINY
+            scales[start + j] = _ZERO if empty else found[1, j]
+            inverse = splat(found[2, j])
+            for i in range(0, n, WIDTH):
+                at = (start + j) * n + i
+                store(codes, at, lowest if empty else to_level(inverse * load(values, at), lowest, highest))
 
 
-@_jit
+@jit
 def _descent(values: Any, half: Any, scales: Any, codes: Any) -> None:
     lanes, n = values.shape
-    for lane in range(lanes):
-        x, code = values[lane], codes[lane]
-        amax, extreme = _ZERO, _ZERO
-        for i in range(n):
-            if abs(x[i]) > amax:
-                amax, extreme = abs(x[i]), x[i]
-        if amax < _TINY:
-            scales[lane] = _ZERO
-            code[:] = -half
-            continue
-        inverse = _F(-half) / extreme
-        xl, ll = _ZERO, _ZERO
-        for i in range(n):
-            code[i] = _clip(_nearest(inverse * x[i]), -half, half - _I(1))
-            w, level = x[i] * x[i], _F(code[i])
-            xl += w * x[i] * level
-            ll += w * level * level
+    x, levels, found = np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F), np.empty((2, WIDTH), _F)
+    zero, lowest, highest = splat(_ZERO), splat(-half), splat(half - _ONE)
+    for start in range(0, lanes, WIDTH):
+        transpose(values, start, x)
+        size, extreme = first_extreme(x)
+        inverse = lowest / extreme
+        xl, ll = zero, zero
+        for at in range(0, x.size, WIDTH):
+            v = load(x, at)
+            level = to_level(inverse * v, lowest, highest)
+            store(levels, at, level)
+            xl = xl + v * v * v * level
+            ll = ll + v * v * level * level
         for _ in range(5):
-            changed = False
-            for i in range(n):
-                w, level = x[i] * x[i], _F(code[i])
-                other_xl = xl - w * x[i] * level
-                if not other_xl > _ZERO:
-                    continue
-                other_ll = ll - w * level * level
-                tried = _clip(_nearest(x[i] * other_ll / other_xl), -half, half - _I(1))
-                if tried == code[i]:
-                    continue
-                level = _F(tried)
-                other_xl += w * x[i] * level
-                other_ll += w * level * level
-                if other_ll > _ZERO and other_xl * other_xl * ll > xl * xl * other_ll:
-                    code[i], xl, ll, changed = tried, other_xl, other_ll, True
-            if not changed:
+            changed = nowhere()
+            for at in range(0, x.size, WIDTH):
+                v, level = load(x, at), load(levels, at)
+                w = v * v
+                other_xl, other_ll = xl - w * v * level, ll - w * level * level
+                tried = to_level(v * other_ll / other_xl, lowest, highest)
+                new_xl, new_ll = other_xl + w * v * tried, other_ll + w * tried * tried
+                better = (other_xl > zero) & (tried != level) & (new_ll > zero)
+                better = better & (new_xl * new_xl * ll > xl * xl * new_ll)
+                store(levels, at, where(better, tried, level))
+                xl, ll = where(better, new_xl, xl), where(better, new_ll, ll)
+                changed = changed | better
+            if not some(changed):
                 break
-        scales[lane] = xl / ll if ll > _ZERO else _ZERO
+        store(found, 0, size)
+        store(found, WIDTH, where(ll > zero, xl / ll, zero))
+        for j in range(min(WIDTH, lanes - start)):
+            empty = found[0, j] < _TINY
+            scales[start + j] = _ZERO if empty else found[1, j]
+            for i in range(n):
+                codes[start + j, i] = np.int8(-half if empty else levels[i * WIDTH + j])
 
 
-@_jit
-def _ranged(  # noqa: PLR0912, PLR0915 - a call for each step would cost more than the step
+@helper
+def _range_weights(x: Any, w: Any) -> None:
+    """See :func:`monoquant_gguf.kernels.lanes.range_weights`."""
+    n = x.size // WIDTH
+    mean = splat(_ZERO)
+    if n == 32:
+        for at in range(0, x.size, WIDTH):
+            mean = mean + load(x, at) * load(x, at)
+        mean = root(mean / splat(_F(32)))
+    for at in range(0, x.size, WIDTH):
+        store(w, at, mean + magnitude(load(x, at)))
+
+
+@helper
+def _error(scale: Any, level: Any, minimum: Any, x: Any, w: Any, absolute: bool) -> Any:
+    difference = scale * level + minimum - x
+    return w * (magnitude(difference) if absolute else difference * difference)
+
+
+@helper
+def _step(x: Any, inverse: Any, low: Any, top: Any, guarded: bool) -> Any:
+    value, zero = inverse * (x - low), splat(_ZERO)
+    if guarded:
+        value = smaller(greater(value, zero), top)
+    return to_level(value, zero, top)
+
+
+@jit
+def _ranged(
     values: Any,
     weights: Any,
     levels: Any,
@@ -213,138 +214,105 @@ def _ranged(  # noqa: PLR0912, PLR0915 - a call for each step would cost more th
     codes: Any,
 ) -> None:
     lanes, n = values.shape
-    x, w = np.empty((n, LANES), _F), np.empty((n, LANES), _F)
-    tried = np.empty((n, LANES), _F)
-    kept, kept_low, kept_guard = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, np.bool_)
-    low, high, sum_w, sum_x = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F)
-    l1, l2, xl, inverse = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F)
-    scale, best, start_low = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F)
-    new_scale, new_low, error = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F)
-    solvable = np.empty(LANES, np.bool_)
-    top, zero = _I(levels), _I(0)
-    limit = _F(levels)
-    for start in range(0, lanes, LANES):
-        _transpose(values, start, x)
-        _transpose(weights, start, w)
-        for j in range(LANES):
-            low[j] = x[0, j]
-            high[j] = x[0, j]
-            sum_w[j] = w[0, j]
-            sum_x[j] = w[0, j] * x[0, j]
-        for i in range(1, n):
-            for j in range(LANES):
-                low[j] = x[i, j] if x[i, j] < low[j] else low[j]
-                high[j] = x[i, j] if x[i, j] > high[j] else high[j]
-                sum_w[j] += w[i, j]
-                sum_x[j] += w[i, j] * x[i, j]
-        for j in range(LANES):
-            low[j] = _ZERO if low[j] > _ZERO else low[j]
-            start_low[j] = low[j]
-            inverse[j] = limit / (high[j] - low[j])
-            scale[j] = _F(1) / inverse[j]
-            best[j] = _ZERO
-            kept[j] = inverse[j]
-            kept_low[j] = low[j]
-            kept_guard[j] = False
-        for i in range(n):
-            for j in range(LANES):
-                level = _F(_clip(_nearest(inverse[j] * (x[i, j] - low[j])), zero, top))
-                difference = scale[j] * level + low[j] - x[i, j]
-                best[j] += w[i, j] * (abs(difference) if absolute else difference * difference)
-        for k in range(factors.shape[0]):
-            for j in range(LANES):
-                inverse[j] = factors[k] / (high[j] - low[j])
-                l1[j] = _ZERO
-                l2[j] = _ZERO
-                xl[j] = _ZERO
-                error[j] = _ZERO
-            for i in range(n):
-                for j in range(LANES):
-                    value = inverse[j] * (x[i, j] - low[j])
-                    if guarded:
-                        value = (value if value < limit else limit) if value > _ZERO else _ZERO
-                    level = _F(_clip(_nearest(value), zero, top))
-                    tried[i, j] = level
-                    wl = w[i, j] * level
-                    l1[j] += wl
-                    l2[j] += wl * level
-                    xl[j] += wl * x[i, j]
-            for j in range(LANES):
-                determinant = sum_w[j] * l2[j] - l1[j] * l1[j]
-                solvable[j] = determinant > _ZERO
-                a = (sum_w[j] * xl[j] - sum_x[j] * l1[j]) / determinant
-                b = (l2[j] * sum_x[j] - l1[j] * xl[j]) / determinant
-                new_scale[j] = xl[j] / l2[j] if b > _ZERO else a
-                new_low[j] = _ZERO if b > _ZERO else b
-            for i in range(n):
-                for j in range(LANES):
-                    difference = new_scale[j] * tried[i, j] + new_low[j] - x[i, j]
-                    error[j] += w[i, j] * (abs(difference) if absolute else difference * difference)
-            for j in range(LANES):
-                better = solvable[j] and error[j] < best[j]
-                best[j] = error[j] if better else best[j]
-                scale[j] = new_scale[j] if better else scale[j]
-                kept[j] = inverse[j] if better else kept[j]
-                kept_low[j] = low[j] if better else kept_low[j]
-                kept_guard[j] = guarded if better else kept_guard[j]
-                low[j] = new_low[j] if better else low[j]
-        for j in range(min(LANES, lanes - start)):
-            empty = high[j] <= start_low[j]
-            scales[start + j] = _ZERO if empty else scale[j]
-            minima[start + j] = -(start_low[j] if empty else low[j])
-            for i in range(n):
-                value = kept[j] * (x[i, j] - kept_low[j])
-                if kept_guard[j]:
-                    value = (value if value < limit else limit) if value > _ZERO else _ZERO
-                codes[start + j, i] = zero if empty else _clip(_nearest(value), zero, top)
+    x, w, tried = np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F)
+    kept = np.empty((5, WIDTH), _F)
+    zero, top = splat(_ZERO), splat(levels)
+    for start in range(0, lanes, WIDTH):
+        transpose(values, start, x)
+        if weights.size:
+            transpose(weights, start, w)
+        else:
+            _range_weights(x, w)
+        low, high, sum_w = load(x, 0), load(x, 0), load(w, 0)
+        sum_x = sum_w * low
+        for at in range(WIDTH, x.size, WIDTH):
+            v, u = load(x, at), load(w, at)
+            low, high = smaller(v, low), greater(v, high)
+            sum_w, sum_x = sum_w + u, sum_x + u * v
+        low = where(low > zero, zero, low)
+        start_low, inverse = low, top / (high - low)
+        scale, best, used, used_low = splat(_ONE) / inverse, zero, inverse, low
+        clipped = nowhere()
+        for at in range(0, x.size, WIDTH):
+            v = load(x, at)
+            best = best + _error(scale, _step(v, inverse, low, top, False), low, v, load(w, at), absolute)
+        for factor in factors:
+            inverse = splat(factor) / (high - low)
+            l1, l2, xl = zero, zero, zero
+            for at in range(0, x.size, WIDTH):
+                v = load(x, at)
+                level = _step(v, inverse, low, top, guarded)
+                store(tried, at, level)
+                wl = load(w, at) * level
+                l1, l2, xl = l1 + wl, l2 + wl * level, xl + wl * v
+            determinant = sum_w * l2 - l1 * l1
+            new_scale = (sum_w * xl - sum_x * l1) / determinant
+            new_low = (l2 * sum_x - l1 * xl) / determinant
+            positive = new_low > zero
+            new_scale, new_low = where(positive, xl / l2, new_scale), where(positive, zero, new_low)
+            error = zero
+            for at in range(0, x.size, WIDTH):
+                error = error + _error(new_scale, load(tried, at), new_low, load(x, at), load(w, at), absolute)
+            better = (determinant > zero) & (error < best)
+            best, scale = where(better, error, best), where(better, new_scale, scale)
+            used, used_low = where(better, inverse, used), where(better, low, used_low)
+            low = where(better, new_low, low)
+            clipped = clipped | better
+        empty = high <= start_low
+        store(kept, 0, where(empty, zero, scale))
+        store(kept, WIDTH, where(empty, start_low, low))
+        store(kept, 2 * WIDTH, used)
+        store(kept, 3 * WIDTH, used_low)
+        store(kept, 4 * WIDTH, where(empty, splat(-_ONE), where(clipped, splat(_ONE), zero)))
+        for j in range(min(WIDTH, lanes - start)):
+            scales[start + j], minima[start + j] = kept[0, j], -kept[1, j]
+            inverse, low = splat(kept[2, j]), splat(kept[3, j])
+            for i in range(0, n, WIDTH):
+                at = (start + j) * n + i
+                guard = guarded and kept[4, j] > _ZERO
+                store(codes, at, zero if kept[4, j] < _ZERO else _step(load(values, at), inverse, low, top, guard))
 
 
-@_jit
+@jit
 def _codebook(values: Any, weights: Any, table: Any, middles: Any, tries: int, scales: Any) -> None:
     lanes, n = values.shape
-    x, w = np.empty((n, LANES), _F), np.empty((n, LANES), _F)
-    amax, extreme, inverse = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F)
-    xl, ll, best, scale = np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F), np.empty(LANES, _F)
-    for start in range(0, lanes, LANES):
-        _transpose(values, start, x)
-        _transpose(weights, start, w)
-        _extremes(x, amax, extreme)
+    x, w = np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F)
+    found = np.empty(WIDTH, _F)
+    zero, first = splat(_ZERO), splat(table[0])
+    for start in range(0, lanes, WIDTH):
+        transpose(values, start, x)
+        transpose(weights, start, w)
+        size, extreme = first_extreme(x)
+        best, scale = zero, zero
         for turn in range(2 * tries + 2):
-            for j in range(LANES):
-                if turn == 0:
-                    inverse[j] = _F(1) / (-extreme[j] / table[0])
-                else:
-                    inverse[j] = (_F(turn - 1 - tries) + table[0]) / extreme[j]
-                xl[j] = _ZERO
-                ll[j] = _ZERO
-            for i in range(n):
-                for j in range(LANES):
-                    value = inverse[j] * x[i, j]
-                    doubled = value + value
-                    level = table[0]
-                    for m in range(15):
-                        level = table[m + 1] if doubled >= middles[m] else level
-                    wl = w[i, j] * level
-                    xl[j] += wl * x[i, j]
-                    ll[j] += wl * level
-            for j in range(LANES):
-                if turn == 0:
-                    scale[j] = xl[j] / ll[j] if ll[j] > _ZERO else _ZERO
-                    best[j] = scale[j] * xl[j]
-                elif ll[j] > _ZERO and xl[j] * xl[j] > best[j] * ll[j]:
-                    scale[j] = xl[j] / ll[j]
-                    best[j] = scale[j] * xl[j]
-        for j in range(min(LANES, lanes - start)):
-            scales[start + j] = _ZERO if amax[j] < _TINY else scale[j]
+            if turn == 0:
+                inverse = splat(_ONE) / ((zero - extreme) / first)
+            else:
+                inverse = splat(_F(turn - 1 - tries) + table[0]) / extreme
+            xl, ll = zero, zero
+            for at in range(0, x.size, WIDTH):
+                v = load(x, at)
+                level = from_table(inverse * v, table, middles)
+                wl = load(w, at) * level
+                xl, ll = xl + wl * v, ll + wl * level
+            better = ll > zero
+            if turn > 0:
+                better = better & (xl * xl > best * ll)
+            scale = where(better, xl / ll, scale)
+            best = where(better, scale * xl, best)
+        store(found, 0, where(size < splat(_TINY), zero, scale))
+        for j in range(min(WIDTH, lanes - start)):
+            scales[start + j] = found[j]
 
 
-@_jit
+@jit
 def _rounded(values: Any, scale: Any, added: Any, searched: Any, low: Any, high: Any, codes: Any) -> None:
     lanes, n = values.shape
+    lowest, highest = splat(low), splat(high)
     for lane in range(lanes):
-        by, plus = scale[lane], added[lane]
-        if by == _ZERO:
+        by, plus = splat(scale[lane]), splat(added[lane])
+        if scale[lane] == _ZERO:
             codes[lane] = searched[lane]
             continue
-        for i in range(n):
-            codes[lane, i] = _clip(_nearest((values[lane, i] + plus) / by), low, high)
+        for at in range(lane * n, lane * n + n, WIDTH):
+            store(codes, at, to_level((load(values, at) + plus) / by, lowest, highest))

@@ -12,52 +12,15 @@ import itertools
 import numpy as np
 import torch
 
+from monoquant_gguf.kernels.fits import refined, scaled
+from monoquant_gguf.kernels.ordered import divide, first_extreme, nearest, ordered_sum, root, row_sums
 from monoquant_gguf.kernels.simple import smallest
 
+__all__ = ["codebook", "codebook_index", "descent", "positive", "ranged", "refined", "rounded", "scaled", "symmetric"]
+
 TINY = 1e-15  #: largest magnitude of a sub-block that counts as zeros; GROUP_MAX_EPS in ggml
-_MAGIC = 12582912.0  #: 1.5 * 2^23: the sum with it has an integer in its last bits
 
 _Values = tuple[float, ...]
-
-
-def nearest(x: torch.Tensor) -> torch.Tensor:
-    """Nearest integers, ties to even; of what is not small, the same nonsense that C gets."""
-    return ((x + _MAGIC).view(torch.int32) & 0x7FFFFF) - 0x400000
-
-
-def divide(number: float, x: torch.Tensor) -> torch.Tensor:
-    """``number / x``, rounded once: of a Python number torch would take the reciprocal first."""
-    return torch.tensor(number, dtype=torch.float32, device=x.device) / x
-
-
-def root(x: torch.Tensor) -> torch.Tensor:
-    """Square roots, rounded correctly, which those of float32 in torch are not."""
-    return x.double().sqrt_().float()
-
-
-def ordered_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sums over the leading axis, one after another."""
-    total = torch.zeros_like(x[0])
-    for row in x:
-        total += row
-    return total
-
-
-def row_sums(x: torch.Tensor) -> torch.Tensor:
-    """Sums over the last axis, one after another."""
-    return ordered_sum(x.movedim(-1, 0).contiguous())
-
-
-def first_extreme(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Magnitude and value of the element of largest magnitude along the leading axis; the first of several."""
-    largest = torch.zeros_like(x[0])
-    value = torch.zeros_like(largest)
-    for row in x:
-        size = row.abs()
-        larger = size > largest
-        value = torch.where(larger, row, value)
-        largest = torch.where(larger, size, largest)
-    return largest, value
 
 
 def symmetric(x: torch.Tensor, weights: torch.Tensor | None, half: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,9 +85,15 @@ def descent(x: torch.Tensor, half: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(empty | ~(ll > 0), 0.0, xl / ll), codes.t().contiguous()
 
 
+def range_weights(x: torch.Tensor) -> torch.Tensor:
+    """Without importance: magnitudes, and in sub-blocks of 32 the root of their mean square more."""
+    weights = x.abs()
+    return weights.add_(root(row_sums(x * x) / 32).unsqueeze(1)) if x.shape[1] == 32 else weights
+
+
 def ranged(
     x: torch.Tensor,
-    weights: torch.Tensor,
+    weights: torch.Tensor | None,
     levels: int,
     first: float,
     step: float,
@@ -137,11 +106,12 @@ def ranged(
 
     Candidates ``first + step * k`` more than ``levels`` codes over the range, each refit for scale and minimum.
 
+    :param weights: by default :func:`range_weights`.
     :param absolute: compare sums of magnitudes of errors, not of squares.
     :param guarded: clip before rounding.
     """
     low, high = smallest(x), x.amax(1)
-    x, w = x.t().contiguous(), weights.t().contiguous()
+    x, w = x.t().contiguous(), (range_weights(x) if weights is None else weights).t().contiguous()
     sum_w, sum_x = w[0].clone(), w[0] * x[0]
     for i in range(1, len(x)):
         sum_w += w[i]

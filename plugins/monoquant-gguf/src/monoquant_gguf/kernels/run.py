@@ -21,7 +21,8 @@ from monoquant_gguf.kernels import searched
 from monoquant_gguf.layouts import Layout
 from monoquant_gguf.quantizer import accelerator
 
-SPAN = 1 << 16  #: elements at a time, at least a row: what a search keeps beside them stays in the cache
+#: elements at a time, at least a row: what a search in torch keeps beside them stays in the cache
+SPAN, COMPILED_SPAN = 1 << 16, 1 << 18
 
 
 @functools.lru_cache(maxsize=1)
@@ -53,7 +54,7 @@ def quantize(
     compiled = _compiled() if matrix.device.type == "cpu" else None
     lanes = compiled or in_torch
     pieces = []
-    for span in _spans(context, matrix, weights):
+    for span in _spans(context, matrix, weights, SPAN if compiled is None else COMPILED_SPAN):
         piece = matrix[span.start : span.stop]
         weight = None
         if weights is not None:
@@ -71,9 +72,9 @@ def quantize(
     return QuantizedTensor(encoding, tensor.codes, tensor.scale, None, tensor.offset)
 
 
-def _spans(context: Context, matrix: torch.Tensor, weights: torch.Tensor | None) -> Iterator[range]:
+def _spans(context: Context, matrix: torch.Tensor, weights: torch.Tensor | None, elements: int) -> Iterator[range]:
     """Rows at a time, all of one expert where they differ in importance."""
-    step, first = max(1, SPAN // matrix.shape[1]), 0
+    step, first = max(1, elements // matrix.shape[1]), 0
     while first < len(matrix):
         last = min(first + step, len(matrix))
         if weights is not None and len(weights) > 1:

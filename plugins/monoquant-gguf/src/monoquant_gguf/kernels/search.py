@@ -15,15 +15,14 @@ import torch
 from monoquant_core.encoding import Encoding
 from monoquant_gguf.blocks.parts import Parts, to_tensor
 from monoquant_gguf.kernels import searched
+from monoquant_gguf.kernels.fits import CANDIDATES, Grid, Nested
 from monoquant_gguf.kernels.lanes import codebook_index
-from monoquant_gguf.kernels.simple import inverse, mxfp4, mxfp4_codes, signed_extreme
+from monoquant_gguf.kernels.ordered import inverse
+from monoquant_gguf.kernels.simple import mxfp4, mxfp4_codes
 from monoquant_gguf.layouts import IQ4_VALUES, TERNARY, Layout
 
-CANDIDATES = 6
-
-#: the step that suits a unit normal best, by codes: J. Max, "Quantizing for minimum distortion" (1960), table II
-_NORMAL_STEP = {4: 0.3352, 5: 0.1881, 8: 0.0308}
-_FINEST = 0.85  #: of the coarsest candidate: the finest one is at most this
+#: the step that suits a unit normal best: J. Max, "Quantizing for minimum distortion" (1960), table II
+_NORMAL_STEP = {"Q4_0": 0.3352, "Q5_0": 0.1881, "Q8_0": 0.0308}
 
 _HALF_MAX, _HALF_TINY = 65504.0, 2.0**-24
 
@@ -37,7 +36,9 @@ def quantize(layout: Layout, rows: torch.Tensor, importance: torch.Tensor | None
     problem = _Problem.of(layout, rows, importance)
     start = searched.quantize(layout.name, rows, layout.block_size, importance, lanes)
     if start.scales is not None:
-        return _refine(problem, start)
+        return _refined(problem, start, lanes)
+    if layout.name in _NORMAL_STEP:
+        return _scaled(problem, start, lanes)
     return _best(problem, [start, *_OTHERS[layout.name](problem, start, lanes)])
 
 
@@ -98,26 +99,38 @@ def _half(values: torch.Tensor) -> torch.Tensor:
     return values.nan_to_num_(0.0).clamp_(-_HALF_MAX, _HALF_MAX).to(torch.float16)
 
 
-def _symmetric(problem: _Problem, start: Parts, lanes: ModuleType) -> list[Parts]:
-    """Candidates from the scale that clips nothing to the one that suits a normal distribution; refit, the best."""
-    x, element = problem.x, problem.layout.encoding_for(2).element
-    low, high = element.code_range
-    low = max(low, -127) if element.bits == 8 else low
-    coarsest = signed_extreme(x) / (low if element.bits < 8 else -low)
-    deviation = (x * x).mean(1).sqrt_()
-    finest = torch.minimum(deviation * _NORMAL_STEP[element.bits], coarsest.abs() * _FINEST).copysign_(coarsest)
-    first = inverse(coarsest)
-    stride = (inverse(finest) - first) / (CANDIDATES - 1)
-    wx = problem.weighted(x)
-    best, scale = torch.full_like(coarsest, -1.0), torch.zeros_like(coarsest)
-    for k in range(CANDIDATES):
-        q = (x * (first + stride * k).unsqueeze(1)).round_().clamp_(low, high)
-        xl, ll = (wx * q).sum(1), problem.weighted(q * q).sum(1)
-        gain = torch.where(ll > 0, xl * xl / ll, -1.0)
-        better = gain > best
-        best, scale = torch.where(better, gain, best), torch.where(better, xl / ll, scale)
-    d = _half(scale)
-    return [Parts(_codes(x, d, low, high).to(torch.int8), d)]
+def _scaled(problem: _Problem, start: Parts, lanes: ModuleType) -> Parts:
+    """Types with one scale for a block."""
+    low, high = problem.layout.encoding_for(2).element.code_range
+    grid = Grid(-high if high == 127 else low, high)
+    step = _NORMAL_STEP[problem.layout.name]
+    codes, d = lanes.scaled(problem.x, problem.weights, start.codes, start.d.float(), grid, step)
+    return Parts(codes, d.to(torch.float16))
+
+
+def _refined(problem: _Problem, start: Parts, lanes: ModuleType) -> Parts:
+    """Types with nested scales."""
+    encoding = problem.layout.encoding_for(2)
+    assert isinstance(encoding.scale, Encoding)
+    assert start.scales is not None
+    grid = Grid(*encoding.element.code_range, encoding.element.table or ())
+    shape = -1, encoding.block[-1]
+    weights = None if problem.weights is None else problem.weights.reshape(shape)
+    nested = Nested(
+        start.codes.view(torch.int8).view(shape),
+        start.d.float(),
+        start.scales.float(),
+        None if start.dmin is None else start.dmin.float(),
+        None if start.mins is None else start.mins.float(),
+    )
+    found: Nested = lanes.refined(problem.x.view(shape), weights, nested, grid, encoding.scale.element.code_range)
+    return Parts(
+        found.codes.view(start.codes.dtype).view(start.codes.shape),
+        found.d.to(torch.float16),
+        found.scales.to(start.scales.dtype),
+        None if found.dmin is None else found.dmin.to(torch.float16),
+        None if found.mins is None else found.mins.to(start.scales.dtype),
+    )
 
 
 def _codes(x: torch.Tensor, d: torch.Tensor, low: int, high: int) -> torch.Tensor:
@@ -188,9 +201,6 @@ def _iq4_codes(x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
 
 
 _OTHERS: dict[str, Callable[[_Problem, Parts, ModuleType], list[Parts]]] = {
-    "Q8_0": _symmetric,
-    "Q4_0": _symmetric,
-    "Q5_0": _symmetric,
     "Q4_1": _range,
     "Q5_1": _range,
     "TQ1_0": _ternary,
@@ -198,92 +208,3 @@ _OTHERS: dict[str, Callable[[_Problem, Parts, ModuleType], list[Parts]]] = {
     "MXFP4": _mxfp4,
     "IQ4_NL": _codebook,
 }
-
-
-def _refine(problem: _Problem, parts: Parts) -> Parts:
-    """Types with nested scales: their units, then scales and minima, then the units again, fit to the codes."""
-    nested = _Nested(problem)
-    parts = nested.units(parts)
-    parts = nested.scales(parts)
-    return nested.units(parts)
-
-
-class _Nested:
-    """Blocks of sub-blocks; arrays are ``[blocks, sub-blocks, elements]``, or without the last axis."""
-
-    def __init__(self, problem: _Problem) -> None:
-        encoding = problem.layout.encoding_for(2)
-        self.problem, self.element = problem, encoding.element
-        self.size = encoding.block[-1]
-        assert isinstance(encoding.scale, Encoding)
-        self.limits = encoding.scale.element.code_range
-        self.x = problem.x.view(len(problem.x), -1, self.size)
-        self.weights = torch.ones_like(self.x) if problem.weights is None else problem.weights.view(self.x.shape)
-
-    def units(self, parts: Parts) -> Parts:
-        """``d`` and ``dmin`` of least squares for all other codes, where the error falls."""
-        assert parts.scales is not None
-        scaled = self._levels(parts.codes) * parts.scales.float().unsqueeze(2)
-        u, x, w = scaled.flatten(1), self.x.flatten(1), self.weights.flatten(1)
-        wu = w * u
-        uu, ux = (wu * u).sum(1), (wu * x).sum(1)
-        if parts.mins is None:
-            d, dmin = ux / uu, None
-        else:
-            v = -parts.mins.float().unsqueeze(2).expand(self.x.shape).flatten(1)
-            wv = w * v
-            vv, uv, vx = (wv * v).sum(1), (wu * v).sum(1), (wv * x).sum(1)
-            determinant = uu * vv - uv * uv
-            solvable = determinant > 0
-            both = (ux * vv - vx * uv) / determinant, (uu * vx - uv * ux) / determinant
-            d = torch.where(solvable, both[0], ux / uu)
-            dmin = _half(torch.where(solvable, both[1], 0.0))
-        return self._accept(parts, dataclasses.replace(parts, d=_half(d), dmin=dmin), whole=True)
-
-    def scales(self, parts: Parts) -> Parts:
-        """Scales and minima of least squares for the codes, in their units, where the error falls."""
-        assert parts.scales is not None
-        level = self._levels(parts.codes)
-        unit = parts.d.float().unsqueeze(1)
-        low, high = self.limits
-        if parts.mins is None or parts.dmin is None:
-            wl = self.weights * level
-            fit, mins = (wl * self.x).sum(2) / (wl * level).sum(2), None
-        else:
-            below = parts.dmin.float().unsqueeze(1)
-            now = unit * parts.scales.float(), -below * parts.mins.float()
-            fit, intercept = _line(self.x, level, self.weights, *now)
-            mins = (-intercept / below).nan_to_num_(0.0).round_().clamp_(low, high).to(parts.mins.dtype)
-        scales = (fit / unit).nan_to_num_(0.0).round_().clamp_(low, high).to(parts.scales.dtype)
-        return self._accept(parts, dataclasses.replace(parts, scales=scales, mins=mins), whole=False)
-
-    def _accept(self, old: Parts, new: Parts, *, whole: bool) -> Parts:
-        """New parameters with their nearest codes, for the blocks or sub-blocks whose error they lower."""
-        new = dataclasses.replace(new, codes=self._nearest(new))
-        errors = [self.problem.errors(parts).view(self.x.shape).sum(2) for parts in (old, new)]
-        if whole:
-            return _merged(errors[1].sum(1) < errors[0].sum(1), new, old)
-        better = errors[1] < errors[0]
-        assert old.scales is not None
-        assert new.scales is not None
-        codes = torch.where(better.unsqueeze(2), new.codes.view(self.x.shape), old.codes.view(self.x.shape))
-        mins = None if old.mins is None or new.mins is None else torch.where(better, new.mins, old.mins)
-        scales = torch.where(better, new.scales, old.scales)
-        return Parts(codes.view(old.codes.shape), old.d, scales, old.dmin, mins)
-
-    def _levels(self, codes: torch.Tensor) -> torch.Tensor:
-        if self.element.table is None:
-            return codes.view(self.x.shape).float()
-        return torch.tensor(self.element.table, device=codes.device)[codes.view(self.x.shape).to(torch.int64)]
-
-    def _nearest(self, parts: Parts) -> torch.Tensor:
-        assert parts.scales is not None
-        scale = (parts.d.float().unsqueeze(1) * parts.scales.float()).unsqueeze(2)
-        x = self.x
-        if parts.dmin is not None and parts.mins is not None:
-            x = x + (parts.dmin.float().unsqueeze(1) * parts.mins.float()).unsqueeze(2)
-        steps = x * inverse(scale)
-        if self.element.table is not None:
-            return codebook_index(steps, IQ4_VALUES).to(parts.codes.dtype).view(parts.codes.shape)
-        low, high = self.element.code_range
-        return steps.nan_to_num_(0.0).round_().clamp_(low, high).to(parts.codes.dtype).view(parts.codes.shape)

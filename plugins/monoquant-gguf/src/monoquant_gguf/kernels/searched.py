@@ -13,8 +13,9 @@ import torch
 
 from monoquant_gguf.blocks.parts import Parts
 from monoquant_gguf.kernels import lanes as in_torch
-from monoquant_gguf.kernels.lanes import TINY, divide, nearest, root, row_sums
-from monoquant_gguf.kernels.simple import SIMPLE, inverse
+from monoquant_gguf.kernels.lanes import TINY
+from monoquant_gguf.kernels.ordered import divide, first_extreme, inverse, nearest, root, row_sums
+from monoquant_gguf.kernels.simple import SIMPLE
 from monoquant_gguf.layouts import IQ4_VALUES
 
 Importance: TypeAlias = "torch.Tensor | None"
@@ -71,11 +72,8 @@ def _with_minima(
     blocks = len(x)
     sub = _sub(x, size)
     if importance is None:
-        weights = sub.abs()
-        if size == 32:
-            weights += root(row_sums(sub * sub) / 32).unsqueeze(1)
         candidates = _REF.get(levels, (-0.5, 0.1, 15))
-        scale, minimum, searched = lanes.ranged(sub, weights, levels, *candidates, absolute=size == 16)
+        scale, minimum, searched = lanes.ranged(sub, None, levels, *candidates, absolute=size == 16)
         scale, minimum = scale.view(blocks, -1), minimum.view(blocks, -1)
         d, scales = _largest_first(scale, limit, wraps=size == 16)
         dmin, mins = _largest_first(minimum, limit, wraps=size == 16)
@@ -115,7 +113,7 @@ def _q5_k(x: torch.Tensor, importance: Importance, lanes: ModuleType) -> Parts:
 
 def _largest_scale(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Magnitude and value of the scale of largest magnitude of every block."""
-    return in_torch.first_extreme(scale.t().contiguous())
+    return first_extreme(scale.t().contiguous())
 
 
 def _q3_k(x: torch.Tensor, importance: Importance, lanes: ModuleType) -> Parts:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from monoquant_gguf.blocks.parts import Parts
+from monoquant_gguf.kernels.ordered import inverse
 
 #: added before truncation, rounds halves away from zero as roundf does, for magnitudes up to 127
 _HALF = 0.49999997
@@ -41,11 +42,6 @@ def smallest(x: torch.Tensor) -> torch.Tensor:
         first = (rows == 0).to(torch.uint8).argmax(1, keepdim=True)
         low[zero] = rows.gather(1, first).view(-1)
     return low
-
-
-def inverse(d: torch.Tensor) -> torch.Tensor:
-    """``1 / d``, and 0 for 0."""
-    return torch.where(d == 0, 0.0, d.reciprocal())
 
 
 def _divide(x: torch.Tensor, by: float) -> torch.Tensor:

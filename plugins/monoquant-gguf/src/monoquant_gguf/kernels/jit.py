@@ -1,0 +1,85 @@
+"""What compiled kernels share: how they are compiled, and small steps on 16 lanes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+from numba.extending import register_jitable
+
+from monoquant_gguf.kernels.simd import WIDTH, load, magnitude, nearest, splat, transpose_square, where
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_F = np.float32
+_ZERO = _F(0)
+
+
+def jit(function: _Function) -> _Function:
+    """Compile a kernel when it is first called, and keep it on disk for the next process."""
+
+    def compiled(*, cache: bool) -> _Function:
+        made = numba.njit(nogil=True, cache=cache, error_model="numpy", fastmath=False, boundscheck=False)(function)
+        return cast("_Function", made)
+
+    try:
+        return compiled(cache=True)
+    except RuntimeError:  # numba finds no folder that it may write to: it compiles in every process then
+        return compiled(cache=False)
+
+
+def helper(function: _Function) -> _Function:
+    """A function that kernels call: it becomes part of each."""
+    options = {"forceinline": True, "error_model": "numpy", "boundscheck": False}
+    return cast("_Function", cast("Any", register_jitable)(**options)(function))
+
+
+@helper
+def smaller(a: Any, b: Any) -> Any:
+    """The smaller of two; ``b`` where one is NaN."""
+    return where(a < b, a, b)
+
+
+@helper
+def greater(a: Any, b: Any) -> Any:
+    """The larger of two; ``b`` where one is NaN."""
+    return where(a > b, a, b)
+
+
+@helper
+def to_level(value: Any, low: Any, high: Any) -> Any:
+    """As ggml rounds, then within a range."""
+    return smaller(greater(nearest(value), low), high)
+
+
+@helper
+def transpose(source: Any, start: int, out: Any) -> None:
+    """Lanes from ``start`` as columns; where there are no more, the last one again."""
+    last, n = source.shape[0] - 1, source.shape[1]
+    starts = np.empty(WIDTH, np.int64)
+    for j in range(WIDTH):
+        starts[j] = min(start + j, last) * n
+    for i in range(0, n, WIDTH):
+        transpose_square(source, starts, i, out, i * WIDTH)
+
+
+@helper
+def first_extreme(x: Any) -> Any:
+    """Largest magnitude of every lane, and its value; of several, the first."""
+    size, value = splat(_ZERO), splat(_ZERO)
+    for at in range(0, x.size, WIDTH):
+        v = load(x, at)
+        larger = magnitude(v) > size
+        size, value = where(larger, magnitude(v), size), where(larger, v, value)
+    return size, value
+
+
+@helper
+def from_table(value: Any, table: Any, middles: Any) -> Any:
+    """The value of the table that is nearest, the larger one of two."""
+    doubled, found = value + value, splat(table[0])
+    for m in range(middles.size):
+        found = where(doubled >= splat(middles[m]), splat(table[m + 1]), found)
+    return found

@@ -20,11 +20,14 @@ KEPT_KINDS = {
     "position": "positional: tiny, and sensitive to rounding",
     "router": "router: decides which expert runs",
     "head": "output head: its errors go straight into the result",
+    "head_transposed": "output head: its errors go straight into the result",  # [inputs, outputs], as in ONNX graphs
     "state": "state-space parameter or buffer: enters exponentials or masks",
 }
 
 #: kinds that hold the bulk of the weights
 WEIGHT_KINDS = ("linear", "linear_transposed", "conv", "conv_transpose", "recurrent", "experts", "")
+
+HEADS = ("head", "head_transposed")
 
 _MODULE_KINDS = (  # class name -> kind; the first that matches
     (re.compile(r"Embedding(Bag)?$"), "embedding"),
@@ -131,22 +134,23 @@ def _last_of_sequence(specs: list[TensorSpec], info: ModelInfo) -> list[TensorSp
     """Of ``classifier.0``, ``.3`` and ``.6`` only the last is the head: VGG keeps most of its weights there."""
     numbered: dict[str, list[tuple[int, int]]] = {}
     for i, spec in enumerate(specs):
-        if spec.kind == "head" and (found := re.match(r"(.*)\.(\d+)\.weight$", spec.name)):
+        if spec.kind in HEADS and (found := re.match(r"(.*)\.(\d+)\.weight$", spec.name)):
             numbered.setdefault(found.group(1), []).append((int(found.group(2)), i))
     for members in numbered.values():
         for _, i in sorted(members)[:-1]:
             kind = kind_of(dataclasses.replace(specs[i], name="layer.weight"), info)
-            specs[i] = dataclasses.replace(specs[i], kind=kind)
+            specs[i] = dataclasses.replace(specs[i], kind="linear_transposed" if specs[i].transposed else kind)
     return specs
 
 
 def _weak_head(specs: list[TensorSpec]) -> list[TensorSpec]:
     """A last layer called ``fc`` or ``linear`` is the head of a classifier, if there are other layers before it."""
     weights = [i for i, s in enumerate(specs) if s.kind in WEIGHT_KINDS and len(s.shape) >= 2 and s.is_float]
-    if len(weights) > 1 and not any(s.kind == "head" for s in specs):
+    if len(weights) > 1 and not any(s.kind in HEADS for s in specs):
         last = weights[-1]
         if _WEAK_HEADS.match(specs[last].name):
-            specs[last] = dataclasses.replace(specs[last], kind="head")
+            kind = "head_transposed" if specs[last].transposed else "head"
+            specs[last] = dataclasses.replace(specs[last], kind=kind)
     return specs
 
 

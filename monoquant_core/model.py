@@ -69,6 +69,11 @@ class TensorSpec:
         return self.numel * DTYPE_BITS[self.dtype] // 8
 
     @property
+    def transposed(self) -> bool:
+        """Whether it is a matrix that lies as ``[inputs, outputs]``."""
+        return self.kind in ("linear_transposed", "head_transposed")
+
+    @property
     def is_float(self) -> bool:
         """Whether its values are floats that a scheme may quantize."""
         return self.dtype in FLOAT_BITS

@@ -120,7 +120,7 @@ def unsuitable(spec: TensorSpec) -> Refusal | None:
 def channel_block(spec: TensorSpec) -> tuple[int, ...]:
     """One block per output channel: per row, except where a layer stores its weight otherwise."""
     ndim = len(spec.shape)
-    if spec.kind in ("conv_transpose", "linear_transposed"):
+    if spec.kind == "conv_transpose" or spec.transposed:
         return per_channel(ndim, 1)
     return per_channel(ndim, 0) if spec.kind == "conv" else per_row(ndim)
 
@@ -136,13 +136,13 @@ def group_block(spec: TensorSpec, size: int) -> tuple[int, ...] | Refusal:
             hint="--granularity channel quantizes it",
         )
     flat = spec.kind == "conv" and len(spec.shape) > 2
-    row = spec.shape[0] if spec.kind == "linear_transposed" else math.prod(spec.shape[1:]) if flat else spec.shape[-1]
+    row = spec.shape[0] if spec.transposed else math.prod(spec.shape[1:]) if flat else spec.shape[-1]
     if row % size:
         divisors = {d for i in range(1, math.isqrt(row) + 1) if row % i == 0 for d in (i, row // i)}
         fitting = sorted((d for d in divisors if d >= 16), key=lambda d: (abs(d - size), d))[:4]
         sizes = f"group sizes that fit rows of {row}: {', '.join(map(str, fitting))}; " if fitting else ""
         return Refusal(f"groups of {size} do not divide its rows of {row}", f"{sizes}--granularity channel needs none")
-    if spec.kind == "linear_transposed":
+    if spec.transposed:
         return (size, 1)
     return per_group(2 if flat else len(spec.shape), size)
 

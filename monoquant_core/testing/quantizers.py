@@ -272,7 +272,7 @@ def _importance(spec: TensorSpec) -> torch.Tensor:
     inputs = row_length(spec.shape)
     if spec.kind.startswith("conv"):
         inputs = math.prod(spec.shape[1:])
-    elif spec.kind == "linear_transposed":
+    elif spec.transposed:
         inputs = spec.shape[0]
     return torch.rand(inputs, generator=generator(5))
 

@@ -107,7 +107,7 @@ def importance(imatrix: Imatrix, info: ModelInfo, specs: Sequence[TensorSpec]) -
     found: dict[str, torch.Tensor] = {}
     for target, tensors in members.items():
         first = tensors[0]
-        columns = first.shape[0] if first.kind == "linear_transposed" else first.shape[-1]
+        columns = first.shape[0] if first.transposed else first.shape[-1]
         values = imatrix.importance(target, columns)
         if values is None:
             continue

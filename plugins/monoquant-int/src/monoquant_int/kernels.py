@@ -149,14 +149,14 @@ class _Chunk:
         if importance is None:
             return None
         flat = self.rows.flatten(1) if spec.kind.startswith("conv") else self.rows
-        inputs = spec.shape[0] if spec.kind == "linear_transposed" else flat.shape[-1]
+        inputs = spec.shape[0] if spec.transposed else flat.shape[-1]
         if importance.numel() != inputs:
             raise QuantizationError(
                 f"{spec.name}: importance of {importance.numel()} inputs, where there are {inputs}",
                 hint="calibrate the model that is quantized",
             )
         weights = importance.to(flat.device, torch.float32)
-        if spec.kind == "linear_transposed":
+        if spec.transposed:
             weights = weights[self.context.rows.start : self.context.rows.stop].unsqueeze(1)
         weights = to_matrix(weights.expand(flat.shape).reshape(self.rows.shape), self.block)
         largest = weights.amax(1, keepdim=True)

@@ -1,0 +1,338 @@
+"""ONNX graphs: an ``onnx_ir`` model whose large initializers hold no data, with the data beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from monoquant_core.containers.entries import shown, tensor_at
+from monoquant_core.errors import SourceError
+from monoquant_onnx import types
+from monoquant_onnx.data import Data, FileData, MemoryData, unpack_codes, whole
+from monoquant_onnx.wire import MARK, Structure
+
+if TYPE_CHECKING:
+    import torch
+
+    from monoquant_core.runners import Input
+    from monoquant_onnx.runner import OnnxRunner
+
+STRUCTURE = 1024  #: bytes up to which integers are part of the graph, and no tensors of the model
+
+
+class OnnxGraph:
+    """A graph, the data of its initializers, and the names that the model knows them by."""
+
+    def __init__(self, model: ir.Model, data: Mapping[str, Data], name: str) -> None:
+        self.model = model
+        self.name = name  #: for messages
+        self.data: dict[str, Data] = dict(data)  #: initializer -> its values
+        self.names: dict[str, str] = {}  #: name of a spec -> initializer
+        self.folded: dict[str, tuple[torch.Tensor, int]] = {}
+        """Spec -> what folding a BatchNorm multiplied its output channels by (float64), and their axis."""
+        self.ranges: dict[str, tuple[float, float]] = {}
+        """Value -> the range that a finished file quantized it with; its Q/DQ pair is no longer in the graph."""
+        self.notes: list[str] = []
+
+    @property
+    def opset(self) -> int:
+        """Version of the standard operators."""
+        return self.model.opset_imports.get("", 0)
+
+    @property
+    def inputs(self) -> list[Input]:
+        """What a batch consists of."""
+        from monoquant_onnx.runner import graph_inputs
+
+        return graph_inputs(self)
+
+    def runner(self, points: Collection[str] | None = None, device: str = "") -> OnnxRunner:
+        """Runs batches in onnxruntime and reports the values of points.
+
+        :param points: ``"<module>:input"``, ``"<tensor>:input"``, ``"<module>:output"`` or names of values; None is
+            the input and the output of every weight.
+        :raises MonoquantError: for a point that the graph does not have.
+        """
+        from monoquant_onnx.runner import OnnxRunner
+
+        return OnnxRunner(self, points, device)
+
+    def uses(self, initializer: str) -> list[tuple[ir.Node, int]]:
+        """Nodes that take an initializer, with the index of the input."""
+        return [(use.node, use.idx) for use in self.model.graph.initializers[initializer].uses()]
+
+    def constant(self, value: ir.Value | None) -> Data | None:
+        """The values of an initializer, of structure too; None for anything that is made when the graph runs."""
+        if value is None or value.name is None or value.name not in self.model.graph.initializers:
+            return None
+        if value.name in self.data:
+            return self.data[value.name]
+        tensor = value.const_value
+        return _inline(tensor) if tensor is not None else None
+
+    def bind(self, name: str, data: Data) -> None:
+        """Make data the values of the initializer of a name, which may be new."""
+        graph = self.model.graph
+        dtype = ir.DataType(types.NUMBER[data.dtype])
+        tensor = lazy(name, dtype, data)
+        if name in graph.initializers:
+            value = graph.initializers[name]
+            value.const_value, value.shape, value.type = tensor, ir.Shape(data.shape), ir.TensorType(dtype)
+        else:
+            value = ir.Value(name=name, shape=ir.Shape(data.shape), type=ir.TensorType(dtype), const_value=tensor)
+            graph.register_initializer(value)
+        self.data[name] = data
+
+    def drop(self, name: str) -> None:
+        """Take an initializer that nothing uses out of the graph."""
+        self.model.graph.initializers.pop(name, None)
+        self.data.pop(name, None)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an initializer another name."""
+        self.model.graph.initializers[old].name = new
+        if old in self.data:
+            self.data[new] = self.data.pop(old)
+
+    def free_name(self, wanted: str) -> str:
+        """A name that no value of the graph has yet."""
+        taken = {value.name for value in values(self.model.graph)}
+        name, i = wanted, 0
+        while name in taken:
+            i += 1
+            name = f"{wanted}_{i}"
+        return name
+
+    def tidy(self) -> list[str]:
+        """Take out what no output needs.
+
+        :return: names of the initializers that went.
+        """
+        before = set(self.model.graph.initializers)
+        passes.RemoveUnusedNodesPass()(self.model)
+        gone = [name for name in before if name not in self.model.graph.initializers]
+        for name in gone:
+            self.data.pop(name, None)
+        return sorted(gone)
+
+    def infer_shapes(self) -> None:
+        """Fill in types and shapes of values that have none, as far as onnx knows them."""
+        if all(v.shape is not None and v.dtype is not None for v in values(self.model.graph)):
+            return
+        known = {v.name: (v.shape, v.type) for v in values(self.model.graph)}
+        with quiet("onnx_ir"):
+            passes.ShapeInferencePass(check_type=False, strict_mode=False)(self.model)
+        for value in values(self.model.graph):  # what the file says stands
+            shape, kind = known.get(value.name, (None, None))
+            value.shape = shape if shape is not None else value.shape
+            value.type = kind if kind is not None else value.type
+
+
+def parse(structure: Structure, path: Path) -> OnnxGraph:
+    """The graph of a file whose structure has been read.
+
+    :raises SourceError: naming the file, and the node or tensor that is wrong.
+    """
+    try:
+        proto = onnx.ModelProto.FromString(structure.model)
+    except Exception as exc:  # protobuf's own error class differs between its implementations
+        raise SourceError(f"{path}: not an ONNX model: {_line(exc)}") from exc
+    if not proto.HasField("graph") or not proto.opset_import:
+        raise SourceError(f"{path}: not an ONNX model: it has no {'opset' if proto.HasField('graph') else 'graph'}")
+    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if not 0 <= opset <= 1000 or not 0 < proto.ir_version <= 1000:
+        raise SourceError(f"{path}: not an ONNX model: opset {opset}, IR version {proto.ir_version}")
+    check_graph(path, proto.graph, set())
+    try:
+        model = ir.from_proto(proto)
+    except Exception as exc:  # whatever is malformed beyond what was checked
+        raise SourceError(f"{path}: not an ONNX model: {_line(exc)}") from exc
+    return _bound(model, structure, path)
+
+
+def check_graph(path: Path, graph: onnx.GraphProto, outer: set[str]) -> None:
+    """Refuse graphs that define a value twice, or use one before it is there: cyclic ones, too.
+
+    :param outer: values that the graphs around it define.
+    :raises SourceError: naming the file, and the node or tensor.
+    """
+    own: set[str] = set()
+    for tensor in graph.initializer:
+        if not tensor.name:
+            raise SourceError(f"{path}: an initializer without a name")
+        if tensor.name in own:
+            raise SourceError(f"{tensor_at(path, tensor.name)}: occurs twice")
+        own.add(tensor.name)
+    inputs = [value.name for value in graph.input]
+    if len(set(inputs)) != len(inputs):
+        twice = next(name for name in inputs if inputs.count(name) > 1)
+        raise SourceError(f"{path}: input {shown(twice)} occurs twice")
+    own.update(inputs)
+    known = outer | own
+    for node in graph.node:
+        _check_node(path, node, known)
+        for name in filter(None, node.output):
+            if name in own:
+                raise SourceError(f"{path}: node {_named(node)}: makes {shown(name)}, which is there already")
+            own.add(name)
+            known.add(name)
+    for value in graph.output:
+        if value.name not in known:
+            raise SourceError(f"{path}: output {shown(value.name)}: nothing makes it")
+
+
+def _check_node(path: Path, node: onnx.NodeProto, known: set[str]) -> None:
+    if missing := next((name for name in node.input if name and name not in known), None):
+        raise SourceError(
+            f"{path}: node {_named(node)}: takes {shown(missing)}, which nothing before it makes: "
+            "the graph is cyclic or incomplete"
+        )
+    for attribute in node.attribute:
+        for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            check_graph(path, inner, known)
+
+
+def _named(node: onnx.NodeProto) -> str:
+    return shown(node.name or node.op_type)
+
+
+def values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Every value of a graph, those of subgraphs included."""
+    for inner in graph.all_nodes():
+        yield from inner.outputs
+    yield from graph.initializers.values()
+    yield from graph.inputs
+
+
+def lazy(name: str, dtype: ir.DataType, data: Data) -> ir.LazyTensor:
+    """A tensor that reads its data whenever it is asked."""
+
+    def read() -> ir.TensorProtocol:
+        return array_tensor(whole(data), dtype, name)
+
+    return ir.LazyTensor(read, dtype, ir.Shape(data.shape), name=name)
+
+
+def array_tensor(tensor: torch.Tensor, dtype: ir.DataType, name: str | None = None) -> ir.TensorProtocol:
+    """A torch tensor as one of onnx_ir; integers of less than a byte are codes in int8 or uint8."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16 or str(tensor.dtype).startswith("torch.float8"):
+        carrier = torch.int16 if tensor.dtype == torch.bfloat16 else torch.uint8
+        return ir.Tensor(tensor.view(carrier).numpy().view(dtype.numpy()), dtype, name=name)
+    array = tensor.numpy()
+    return ir.Tensor(array.astype(dtype.numpy()) if array.dtype != dtype.numpy() else array, dtype, name=name)
+
+
+def is_structure(shape: tuple[int, ...], dtype: str, nbytes: int) -> bool:
+    """Whether an initializer is a constant of the graph rather than a tensor of the model."""
+    floats = dtype.startswith(("float", "bfloat"))
+    return math.prod(shape) <= 1 or (not floats and nbytes <= STRUCTURE)
+
+
+def in_memory(initializers: Iterable[ir.Value]) -> dict[str, Data]:
+    """What initializers hold that are in memory, large or small; structure is left out."""
+    found: dict[str, Data] = {}
+    for value in initializers:
+        tensor = value.const_value
+        if value.name is None or tensor is None or int(tensor.dtype) not in types.TORCH:
+            continue
+        shape = tuple(tensor.shape.numpy())
+        data = _inline(tensor)
+        if data is not None and not is_structure(shape, types.TORCH[int(tensor.dtype)], tensor.nbytes):
+            found[value.name] = data
+    return found
+
+
+def _inline(tensor: ir.TensorProtocol) -> Data | None:
+    """A tensor that is in memory; None for strings. Integers of less than a byte become codes."""
+    import torch
+
+    kind, shape = int(tensor.dtype), tuple(tensor.shape.numpy())
+    raw = getattr(tensor, "raw", None)
+    if isinstance(raw, torch.Tensor):
+        return MemoryData(raw.detach())
+    if kind not in types.TORCH and kind not in types.PACKED:
+        return None
+    data = bytearray(tensor.tobytes())
+    if kind in types.PACKED:
+        name, bits = types.PACKED[kind]
+        codes = unpack_codes(data, bits, 0, math.prod(shape), signed=name.startswith("int")).view(shape)
+        return MemoryData(codes, name)
+    dtype = getattr(torch, types.TORCH[kind])
+    return MemoryData((torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(shape))
+
+
+@contextlib.contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Keep libraries from talking to the terminal."""
+    found = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in found]
+    try:
+        for logger in found:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(found, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _bound(model: ir.Model, structure: Structure, path: Path) -> OnnxGraph:
+    """Put lazy tensors where the structure has only numbers of places."""
+    placed: dict[int, FileData] = {}
+
+    def replaced(tensor: Any) -> ir.TensorProtocol | None:
+        if not isinstance(tensor, ir.ExternalTensor):
+            return None
+        if tensor.location != MARK or not 0 <= (tensor.offset or 0) < len(structure.places):
+            raise SourceError(f"{tensor_at(path, tensor.name)}: external data that its description does not give")
+        place = structure.places[tensor.offset or 0]
+        data = FileData(structure.readers[place.path], place)
+        result = lazy(tensor.name, tensor.dtype, data)
+        placed[id(result)] = data
+        return result
+
+    for inner in model.graphs():
+        for value in inner.initializers.values():
+            value.const_value = replaced(value.const_value) or value.const_value
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        _replace_attributes(node, replaced)
+    for function in model.functions.values():
+        for node in function:
+            _replace_attributes(node, replaced)
+    passes.LiftConstantsToInitializersPass(size_limit=0)(model)
+    passes.LiftSubgraphInitializersToMainGraphPass()(model)
+    also = [v.name for v in model.graph.inputs if v.name in model.graph.initializers]
+    passes.RemoveInitializersFromInputsPass()(model)
+    data: dict[str, Data] = {
+        name: placed[id(value.const_value)]
+        for name, value in model.graph.initializers.items()
+        if id(value.const_value) in placed
+    }
+    rest = [value for name, value in model.graph.initializers.items() if name not in data]
+    graph = OnnxGraph(model, {**in_memory(rest), **data}, str(path))
+    graph.notes = list(structure.notes)
+    if also:
+        graph.notes.append(f"{path}: {len(also)} weights were inputs with a default; they are constants here")
+    return graph
+
+
+def _replace_attributes(node: ir.Node, replaced: Callable[[Any], ir.TensorProtocol | None]) -> None:
+    for key, attribute in list(node.attributes.items()):
+        if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.TENSOR:
+            if (tensor := replaced(attribute.value)) is not None:
+                node.attributes[key] = ir.AttrTensor(key, tensor)
+        elif isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.TENSORS:
+            node.attributes[key] = ir.AttrTensors(key, [replaced(t) or t for t in attribute.value])
+
+
+def _line(exc: Exception) -> str:
+    return " ".join(str(exc).split())[:200] or type(exc).__name__

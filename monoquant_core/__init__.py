@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from monoquant_core.api import QuantizedModel as QuantizedModel
+    from monoquant_core.api import Target as Target
     from monoquant_core.api import compare as compare
     from monoquant_core.api import export as export
     from monoquant_core.api import load as load
     from monoquant_core.api import open_source as open_source
     from monoquant_core.api import plan as plan
     from monoquant_core.api import quantize as quantize
+    from monoquant_core.api import save_all as save_all
     from monoquant_core.encoding import ActivationQuant as ActivationQuant
     from monoquant_core.encoding import ElementType as ElementType
     from monoquant_core.encoding import Encoding as Encoding
@@ -35,12 +37,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "QuantizedModel": "api",
+    "Target": "api",
     "compare": "api",
     "export": "api",
     "load": "api",
     "open_source": "api",
     "plan": "api",
     "quantize": "api",
+    "save_all": "api",
     "ActivationQuant": "encoding",
     "ElementType": "encoding",
     "Encoding": "encoding",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -111,13 +112,13 @@ def quantize(
     rules = (*map(keep_rule, keep), *map(parse_set, set))
     registry = registry or installed()
     source = open_source(src, registry=registry, unsafe_pickle=unsafe_pickle)
+    model = QuantizedModel(source, registry, scheme, options, loaded, rules, stats, example=example)
     try:
-        # Unknown names, options and rules that match nothing are refused here; the rest depends on the format.
-        Chooser(registry, loaded, rules, scheme, options or {}, source.info, source.specs())
+        model._check_choice()
     except BaseException:
         source.close()
         raise
-    return QuantizedModel(source, registry, scheme, options, loaded, rules, stats, example=example)
+    return model
 
 
 def load(path: str | os.PathLike[str], *, registry: Registry | None = None) -> QuantizedModel:
@@ -132,7 +133,7 @@ def load(path: str | os.PathLike[str], *, registry: Registry | None = None) -> Q
 def export(
     src: Model,
     path: str | os.PathLike[str],
-    format: str = DEFAULT_FORMAT,
+    format: str = "",
     *,
     scheme: str = "",
     options: Mapping[str, Any] | None = None,
@@ -171,6 +172,63 @@ def compare(a: Model, b: Model, *, registry: Registry | None = None) -> list[Com
     return sorted(found, key=lambda c: (c.status == "compared", c.sqnr_db, c.name))
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One of the outputs of :func:`save_all`."""
+
+    model: QuantizedModel
+    path: str | os.PathLike[str]
+    format: str = ""  #: "" is what the suffix of the path says, or safetensors
+    format_options: Mapping[str, Any] | None = None
+    on_unsupported: OnUnsupported = "error"
+
+
+def save_all(
+    targets: Sequence[Target],
+    *,
+    threads: int = 0,
+    device: str = "cpu",
+    force: bool = False,
+    nonfinite: Literal["refuse", "allow"] = "refuse",
+    progress: ProgressCallback | None = None,
+) -> list[Report]:
+    """Write several outputs of one source in one pass, in which every tensor is read once.
+
+    All are planned before anything is read, and complete and on the disk before the first gets its name. Parameters as
+    in :meth:`QuantizedModel.save`.
+
+    :param targets: of one model, and of what its :meth:`QuantizedModel.variant` gives.
+    :return: a report for each; time and memory in it are those of the whole run.
+    :raises MonoquantError: naming the file and the tensor.
+    """
+    if not targets:
+        raise PlanError("no outputs to write")
+    outputs, sources = [], []
+    for target in targets:
+        model, registry = target.model, target.model._registry
+        format = target.format or format_for(target.path, registry)
+        path = destination_for(target.path, format, registry)
+        plan = model.plan(
+            format,
+            format_options=target.format_options,
+            destination=path.name,
+            on_unsupported=target.on_unsupported,
+        )
+        outputs.append((plan, path))
+        sources.append(model._source_for(format, target.format_options))
+    source, stats = sources[0], targets[0].model._stats
+    for (plan, path), other, target in zip(outputs, sources, targets, strict=True):
+        if other is not source or target.model._stats is not stats:
+            raise PlanError(
+                f"{path}: {plan.format} reads another source than {outputs[0][1]}, so one pass cannot write both",
+                hint="write it in a run of its own",
+            )
+    from monoquant_core.engine import RunOptions, write_all  # not before the plans: refusals need not wait for torch
+
+    options = RunOptions(threads=threads, device=device, force=force, nonfinite=nonfinite)
+    return write_all(outputs, source, options, stats=stats, progress=progress)
+
+
 class QuantizedModel:
     """A source and what is to become of it. Lazy: memory does not grow with the model until you ask for tensors.
 
@@ -207,6 +265,27 @@ class QuantizedModel:
         for source in (self.source, *self._graphs.values()):
             source.close()
 
+    def variant(self, scheme: str, options: Mapping[str, Any] | None = None) -> QuantizedModel:
+        """The same source with another scheme, or named recipe; rules, recipe and statistics stay.
+
+        Both read the one source: closing either closes it.
+
+        :raises MonoquantError: for an unknown scheme, and options that it does not take.
+        """
+        made = QuantizedModel(
+            self.source,
+            self._registry,
+            scheme,
+            options,
+            self._recipe,
+            self._rules,
+            self._stats,
+            example=self._example,
+        )
+        made._graphs = self._graphs
+        made._check_choice()
+        return made
+
     def plan(
         self,
         format: str = "",
@@ -237,7 +316,7 @@ class QuantizedModel:
     def save(
         self,
         path: str | os.PathLike[str],
-        format: str = DEFAULT_FORMAT,
+        format: str = "",
         *,
         format_options: Mapping[str, Any] | None = None,
         threads: int = 0,
@@ -249,18 +328,22 @@ class QuantizedModel:
     ) -> Report:
         """Write it. The path holds nothing, the old file or the complete new one, whatever happens.
 
+        :param format: without it, what the suffix of the path says, or safetensors.
         :param threads: 0 is one per usable core. They never change a byte.
         :param force: replace what is there.
         :param nonfinite: whether NaN and infinity may stay in tensors that are kept.
         :raises MonoquantError: naming the file and the tensor.
         """
-        path = destination_for(path, format, self._registry)
-        plan = self.plan(format, format_options=format_options, destination=path.name, on_unsupported=on_unsupported)
-        from monoquant_core.engine import RunOptions, write  # not before the plan: a refusal need not wait for torch
+        target = Target(self, path, format, format_options, on_unsupported)
+        (report,) = save_all(
+            [target], threads=threads, device=device, force=force, nonfinite=nonfinite, progress=progress
+        )
+        return report
 
-        options = RunOptions(threads=threads, device=device, force=force, nonfinite=nonfinite)
-        source = self._source_for(format, format_options)
-        return write(plan, source, path, options, stats=self._stats, progress=progress)
+    def _check_choice(self) -> None:
+        """Refuse unknown names, options and rules that match nothing; the rest depends on the format."""
+        source = self.source
+        Chooser(self._registry, self._recipe, self._rules, self._scheme, self._options, source.info, source.specs())
 
     def _source_for(self, format: str, values: Mapping[str, Any] | None) -> Source:
         """What a format reads: the source, or the graph that the format makes of it, once."""
@@ -317,6 +400,13 @@ class QuantizedModel:
         with torch.no_grad():
             for name, value in state.items():
                 target[name].copy_(value)
+
+
+def format_for(path: str | os.PathLike[str], registry: Registry, default: str = DEFAULT_FORMAT) -> str:
+    """The format that the suffix of a path says: by its declaration, or by its name."""
+    suffix = Path(path).suffix.lower()
+    said = (d.name for d in registry.exporters.values() if suffix and suffix in (d.suffix, f".{d.name.lower()}"))
+    return next(said, default)
 
 
 def destination_for(path: str | os.PathLike[str], format: str, registry: Registry) -> Path:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from monoquant_core.cli import progress, render
 from monoquant_core.cli.progress import reporter
 from monoquant_core.cli.render import Column
-from monoquant_core.cli.summary import report_dict, show_report, shown_files
+from monoquant_core.cli.summary import report_dict, show_reports, shown_files
 from monoquant_core.report import Progress, Report, TensorReport
 
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}
@@ -186,7 +186,7 @@ def report() -> Report:
 
 
 def test_summary_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    show_report(report(), json=False)
+    show_reports([report()], json=False)
     text = capsys.readouterr().out
     assert text.startswith("wrote out\n")
     for expected in (

@@ -64,9 +64,7 @@ def register(app: typer.Typer, registry: Registry) -> None:
         source = api.open_source(src, registry=registry, unsafe_pickle=unsafe_pickle)
         with api.QuantizedModel(source, registry, scheme, options["scheme"], quantizing=False) as model:
             save_or_plan(
-                model,
-                output,
-                saving,
+                [(model, output, saving)],
                 dry_run=dry_run,
                 threads=threads,
                 device=device,

@@ -15,7 +15,26 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="OUT", help="File or folder to write.", show_default=False),
 ]
-Format = Annotated[str, typer.Option("--format", metavar="NAME", help="File format; see 'formats list'.")]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        show_default=False,
+        help="File format; see 'formats list'. Without it: what the suffix of OUT says, or safetensors.",
+    ),
+]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--also",
+        metavar="OUTPUT",
+        show_default=False,
+        help="Another output, written in the same pass: SCHEME=PATH, or SCHEME:key=value,...=PATH with options of the "
+        "scheme and the format. Its format is what the suffix of PATH says, the key format, or that of OUT, with the "
+        "same options. --recipe, --set and --keep hold for all. Repeatable.",
+    ),
+]
 Scheme = Annotated[
     str,
     typer.Option(

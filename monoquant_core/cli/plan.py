@@ -1,5 +1,6 @@
 """``plan``: what a run would do, from headers alone. ``quantize --dry-run`` and ``export --dry-run`` print the same."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +13,13 @@ from monoquant_core.cli.render import (
     exact,
     fields,
     fits,
+    heading,
     note,
     notes,
     out,
     out_json,
     plural,
+    printable,
     sections,
     shape,
     size,
@@ -36,7 +39,8 @@ def register(app: typer.Typer, registry: Registry) -> None:
         src: flags.Src,
         typed: Typed,
         scheme: flags.Scheme = "",
-        format: flags.Format = "safetensors",
+        format: flags.Format = "",
+        also: flags.Also = None,
         recipe: flags.Recipe = None,
         set_: flags.Set = None,
         keep: flags.Keep = None,
@@ -57,6 +61,8 @@ def register(app: typer.Typer, registry: Registry) -> None:
 
         chosen = select(
             registry,
+            output=None,
+            also=also,
             scheme=scheme,
             format=format,
             recipe=recipe,
@@ -67,21 +73,39 @@ def register(app: typer.Typer, registry: Registry) -> None:
             quiet=json,
         )
         with api.quantize(src, **chosen.quantizing) as model:
-            made = model.plan(**chosen.saving)
-        show_plan(made, threads=threads, json=json)
+            plans = [(chosen.saving["format"], model.plan(**chosen.saving))]
+            for a in chosen.also:
+                made = model.variant(a.scheme, a.options).plan(**a.saving, destination=a.path.name)
+                plans.append((str(a.path), made))
+        show_plans(plans, threads=threads, json=json)
         if save is not None:
-            api.save_recipe(made, save)
+            api.save_recipe(plans[0][1], save)
             note(f"wrote {save}")
 
 
-def show_plan(plan: Plan, *, threads: int, json: bool) -> None:
-    """Print a plan: a row for every tensor with its reason, then totals and notes."""
+def show_plans(plans: Sequence[tuple[str, Plan]], *, threads: int, json: bool) -> None:
+    """Print the plans of one run: for each a row for every tensor with its reason, then totals and notes.
+
+    :param plans: with the names of their outputs, which are shown where there are several.
+    """
     from monoquant_core.memory import usable_cores, working_bytes
 
-    memory = working_bytes([plan], threads or usable_cores())
+    memory = working_bytes([plan for _, plan in plans], threads or usable_cores())
     if json:
-        out_json({**plan.to_dict(), "working_memory_bytes": memory})
+        found = [plan.to_dict() for _, plan in plans]
+        several = {"outputs": [{"output": name, **data} for (name, _), data in zip(plans, found, strict=True)]}
+        out_json({**(found[0] if len(found) == 1 else several), "working_memory_bytes": memory})
         return
+    for number, (name, plan) in enumerate(plans):
+        if len(plans) > 1:
+            if number:
+                out()
+            heading(printable(f"{name}, output {number + 1} of {len(plans)}"))
+            out()
+        _show_plan(plan, memory if number == len(plans) - 1 else None)
+
+
+def _show_plan(plan: Plan, memory: int | None) -> None:
     steps = plan.steps_of()
     rows = [_row(decision, steps[decision.spec.name]) for decision in plan.decisions]
     rows += [_derived(step) for step in plan.steps if not step.specs]
@@ -98,19 +122,24 @@ def show_plan(plan: Plan, *, threads: int, json: bool) -> None:
     notes(plan.notes)
 
 
-def totals(plan: Plan, memory: int) -> list[tuple[str, str]]:
-    """What a plan comes to."""
+def totals(plan: Plan, memory: int | None) -> list[tuple[str, str]]:
+    """What a plan comes to.
+
+    :param memory: of the whole run; None where that is said elsewhere.
+    """
     counted: dict[str, Any] = {}
     for decision in plan.decisions:
         counted[_ACTIONS[decision.action]] = counted.get(_ACTIONS[decision.action], 0) + 1
     ratio = f", {plan.bytes_before / plan.bytes_after:.2f}x smaller" if 0 < plan.bytes_after < plan.bytes_before else ""
-    return [
+    found = [
         ("tensors", ", ".join(f"{count:,} {action}" for action, count in counted.items())),
         ("before", exact(plan.bytes_before)),
         ("after", f"{exact(plan.bytes_after)} in {plural(len(plan.files), 'file')}{ratio}"),
         ("weights", f"{plan.bits_per_weight:.2f} bits each, scales included"),
-        ("memory", f"{size(memory)} while it runs, beside Python and torch"),
     ]
+    if memory is not None:
+        found.append(("memory", f"{size(memory)} while it runs, beside Python and torch"))
+    return found
 
 
 COLUMNS = (

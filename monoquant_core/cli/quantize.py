@@ -19,7 +19,8 @@ def register(app: typer.Typer, registry: Registry) -> None:
         typed: Typed,
         output: flags.Output = None,
         scheme: flags.Scheme = "",
-        format: flags.Format = "safetensors",
+        format: flags.Format = "",
+        also: flags.Also = None,
         recipe: flags.Recipe = None,
         set_: flags.Set = None,
         keep: flags.Keep = None,
@@ -43,6 +44,8 @@ def register(app: typer.Typer, registry: Registry) -> None:
             raise flags.missing_output()
         chosen = select(
             registry,
+            output=output,
+            also=also,
             scheme=scheme,
             format=format,
             recipe=recipe,
@@ -53,10 +56,9 @@ def register(app: typer.Typer, registry: Registry) -> None:
             quiet=quiet or json,
         )
         with api.quantize(src, **chosen.quantizing) as model:
+            others = [(model.variant(a.scheme, a.options), a.path, a.saving) for a in chosen.also]
             save_or_plan(
-                model,
-                output,
-                chosen.saving,
+                [(model, output, chosen.saving), *others],
                 dry_run=dry_run,
                 threads=threads,
                 device=device,

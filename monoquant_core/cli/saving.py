@@ -1,22 +1,20 @@
 """What ``quantize`` and ``export`` share: write a model, or only show the plan."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monoquant_core.cli import flags
-from monoquant_core.cli.plan import show_plan
+from monoquant_core.cli.plan import show_plans
 from monoquant_core.cli.progress import reporter
-from monoquant_core.cli.summary import show_report
+from monoquant_core.cli.summary import show_reports
 
 if TYPE_CHECKING:
     from monoquant_core.api import QuantizedModel
 
 
 def save_or_plan(
-    model: "QuantizedModel",
-    output: Path | None,
-    choice: Mapping[str, Any],
+    outputs: Sequence[tuple["QuantizedModel", Path | None, Mapping[str, Any]]],
     *,
     dry_run: bool,
     threads: int,
@@ -26,15 +24,22 @@ def save_or_plan(
     json: bool,
     quiet: bool,
 ) -> None:
-    """Write the model and print the summary, or print what would be done.
+    """Write the outputs in one pass and print the summaries, or print what would be done.
 
-    :param choice: the format and its options, as ``QuantizedModel.plan`` and ``save`` take them.
+    :param outputs: models, where they go, and the format with its options, as ``QuantizedModel.plan`` takes them.
     """
-    if output is None or dry_run:
-        show_plan(model.plan(**choice, destination=flags.name_of(output)), threads=threads, json=json)
+    from monoquant_core import api
+
+    targets = [api.Target(model, path, **choice) for model, path, choice in outputs if path is not None]
+    if dry_run or len(targets) < len(outputs):
+        plans = [
+            (str(path or choice["format"]), model.plan(**choice, destination=flags.name_of(path)))
+            for model, path, choice in outputs
+        ]
+        show_plans(plans, threads=threads, json=json)
         return
     how: dict[str, Any] = {"threads": threads, "device": device, "force": force, "nonfinite": nonfinite.value}
     with reporter(quiet=quiet) as progress:
-        report = model.save(output, **choice, **how, progress=progress)
+        reports = api.save_all(targets, **how, progress=progress)
     if not quiet:
-        show_report(report, json=json)
+        show_reports(reports, json=json)

@@ -1,25 +1,43 @@
 """What was measured of a finished run."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from monoquant_core.cli.render import decibels, duration, exact, fields, notes, out, plural, size
 from monoquant_core.report import Report
 
 
-def show_report(report: Report, *, json: bool) -> None:
-    """Print sizes on disk, error, time and memory, all as measured."""
+def show_reports(reports: Sequence[Report], *, json: bool) -> None:
+    """Print sizes on disk, error, time and memory of the outputs of one run, all as measured."""
     from monoquant_core.cli.render import out_json
 
     if json:
-        out_json(report_dict(report))
+        found = [report_dict(report) for report in reports]
+        out_json(found[0] if len(found) == 1 else {"outputs": found})
         return
+    for number, report in enumerate(reports):
+        if number:
+            out()
+        _show_report(report, [] if number < len(reports) - 1 else _cost(report))
+
+
+def _cost(report: Report) -> list[tuple[str, str]]:
+    """Time and memory of a run, whatever it wrote."""
+    rate = report.source_bytes / report.seconds if report.seconds else 0.0
+    peak = max(0, report.peak_bytes - report.start_bytes)
+    where = plural(report.threads, "thread") if report.device == "cpu" else report.device
+    predicted = f"{size(report.predicted_bytes)} predicted"
+    return [
+        ("time", f"{duration(report.seconds)}, {size(rate)}/s, {where}"),
+        ("memory", f"{size(peak)} at its peak above the start's {size(report.start_bytes)}; {predicted}"),
+    ]
+
+
+def _show_report(report: Report, cost: Sequence[tuple[str, str]]) -> None:
     ratio = report.source_bytes / report.nbytes if report.nbytes else 0.0
     change = f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger" if ratio else ""
     changed = [t for t in report.tensors if t.noise > 0]
-    rate = report.source_bytes / report.seconds if report.seconds else 0.0
-    peak = max(0, report.peak_bytes - report.start_bytes)
     pairs = [
         ("size", f"{size(report.source_bytes)} -> {exact(report.nbytes)}, {change}"),
         ("files", "\n".join(f"{path or report.destination.name}  {size(n)}" for path, n in shown_files(report.files))),
@@ -35,12 +53,8 @@ def show_report(report: Report, *, json: bool) -> None:
         pairs.append(("worst", "\n".join(worst)))
     else:
         pairs.append(("SQNR", "exact: no value changed"))
-    where = plural(report.threads, "thread") if report.device == "cpu" else report.device
-    pairs.append(("time", f"{duration(report.seconds)}, {size(rate)}/s, {where}"))
-    predicted = f"{size(report.predicted_bytes)} predicted"
-    pairs.append(("memory", f"{size(peak)} at its peak above the start's {size(report.start_bytes)}; {predicted}"))
     out(f"wrote {report.destination}")
-    fields(pairs)
+    fields([*pairs, *cost])
     notes(report.notes)
 
 

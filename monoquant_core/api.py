@@ -310,7 +310,7 @@ class QuantizedModel:
             on_unsupported=on_unsupported,
             destination=destination,
             quantizing=self._quantizing,
-            with_stats=self._stats is not None,
+            stats=self._stats,
         )
 
     def save(

@@ -53,7 +53,7 @@ from monoquant_core.report import Progress, ProgressCallback, Report, TensorRepo
 from monoquant_core.rows import chunks, quantum, row_count, row_length
 from monoquant_core.schemes import Context
 from monoquant_core.scratch import Scratch
-from monoquant_core.stats import TensorStats
+from monoquant_core.stats import TensorStats, column_importance, input_stats
 from monoquant_core.tasks import CHUNK_ELEMENTS, Task, check_steps, schedule, waits_for
 from monoquant_core.tensor import QuantizedTensor, as_bytes, dtype_name, dtype_of, same_bits
 from monoquant_core.workers import Stopped, Workers
@@ -85,7 +85,7 @@ def write(
 ) -> Report:
     """Write the files of a plan. The destination holds what it held before, or the complete new output.
 
-    :param stats: calibration statistics by source tensor's name.
+    :param stats: calibration statistics by point, or by source tensor's name.
     :param progress: called from this thread.
     :raises MonoquantError: naming the file and the tensor.
     """
@@ -105,7 +105,7 @@ def write_all(
 
     No destination gets its new content before all are complete and on the disk.
 
-    :param stats: calibration statistics by source tensor's name.
+    :param stats: calibration statistics by point, or by source tensor's name.
     :param progress: called from this thread.
     :return: one report per plan; time and memory in it are those of the whole run.
     :raises MonoquantError: naming the file and the tensor.
@@ -282,7 +282,10 @@ class _Work:
             self.shared.set_exception(failure)
 
     def _importance(self, device: torch.device) -> torch.Tensor | None:
-        importance = self.stats.importance if self.stats is not None else None
+        importance = None
+        if self.stats is not None:
+            # As the weight lies in the source: permutations of its rows leave columns where they are.
+            importance = column_importance(self.stats, self.spec)
         if importance is None:
             if "importance" in self.needs:
                 raise CalibrationError(f"{self.name}: {self.step.scheme} needs the importance of its columns")
@@ -549,7 +552,7 @@ def _works(
     counts = Counter(index for task in tasks for index, _ in task.outputs)
     known = stats or {}
     works = [
-        _Work(s, whole=counts[i] == 1, stats=known.get(s.specs[0].name) if s.specs else None, device=device)
+        _Work(s, whole=counts[i] == 1, stats=input_stats(known, s.specs[0].name) if s.specs else None, device=device)
         for i, s in enumerate(steps)
     ]
     return works, tasks

@@ -197,7 +197,8 @@ class Exporter(Protocol):
 
     More methods are optional, because most formats do not need them: ``use(registry)`` (called once, before anything
     else, for formats that ask other plugins), ``resolve(specs, info) -> Exporter`` (called once, then: another exporter
-    for this model, such as one convention of several), and
+    for this model, such as one convention of several), ``with_stats(stats) -> Exporter`` (called once, after that,
+    where there are calibration statistics: for formats that quantize values which belong to no weight), and
     ``notes(layout: FileLayout) -> Sequence[str]`` (what to tell the user about the file as a whole).
     A format that needs a graph may have ``read_graph(source, example) -> Source``, called before anything else: the
     source itself where its graph is of the format's own kind, else one whose tensors are those of the graph that it

@@ -34,7 +34,8 @@ _CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose
 
 def point_of(tensor: str) -> str:
     """The point of what a weight is multiplied with: ``layer1.conv:input`` for ``layer1.conv.weight``."""
-    return tensor.removesuffix(".weight") + INPUT
+    module, _, leaf = tensor.rpartition(".")
+    return (module if leaf == "weight" else tensor) + INPUT
 
 
 class ModuleGraph:

@@ -111,7 +111,7 @@ class Placer:
         assert proposal is not None
         if out.shape != spec.shape or len(specs) > 1 or out.transform is not None:
             spec = dataclasses.replace(spec, name=out.name, shape=out.shape, dtype=out.dtype, nbytes_stored=None)
-            again = quantizer.propose(spec)
+            again = self.chooser.propose(quantizer, spec, decision.spec.name)
             if isinstance(again, Refusal):
                 if again.instead is None:
                     self.refused.append((out.name, again.reason, again.hint))
@@ -166,7 +166,8 @@ class Placer:
         if not chooser.scheme:
             raise PlanError("--on-unsupported requantize needs the scheme to quantize with", hint="add --scheme NAME")
         label, quantizer = chooser.bind(chooser.scheme, chooser.options, "--scheme")
-        proposal = quantizer.propose(dataclasses.replace(first.spec, encoding=None, activation=None))
+        spec = dataclasses.replace(first.spec, encoding=None, activation=None)
+        proposal = chooser.propose(quantizer, spec, spec.name)
         if isinstance(proposal, Refusal):
             self.refused.append((out.name, f"{label}: {proposal.reason}", proposal.hint))
             return None

@@ -25,6 +25,7 @@ from monoquant_core.selection import (
     check_not_empty,
     follow_ties,
 )
+from monoquant_core.stats import TensorStats
 
 
 def make_plan(
@@ -40,7 +41,7 @@ def make_plan(
     on_unsupported: OnUnsupported = "error",
     destination: str = "",
     quantizing: bool = True,
-    with_stats: bool = False,
+    stats: Mapping[str, TensorStats] | None = None,
     probes: Mapping[str, ProbeResult] | None = None,
 ) -> Plan:
     """Decide what happens to every tensor.
@@ -51,7 +52,7 @@ def make_plan(
     :param on_unsupported: what to do with tensors of a finished file that the format cannot hold.
     :param destination: name of the file or folder to be written.
     :param quantizing: whether a plan that quantizes nothing is an error.
-    :param with_stats: whether the run will have calibration statistics.
+    :param stats: calibration statistics by point, see :mod:`monoquant_core.stats`.
     :raises PlanError: naming all tensors concerned, before anything is read.
     :raises RecipeError: for a rule that matches nothing.
     """
@@ -62,15 +63,18 @@ def make_plan(
     if format:
         declared = registry.exporter(format)
         exporter = load_exporter(registry, declared, format_options or {}, specs, info)
+        with_stats = getattr(exporter, "with_stats", None)
+        if stats is not None and with_stats is not None:
+            exporter = with_stats(stats)
     format_base = getattr(exporter, "recipe", "") or (declared.recipe if declared else "")
-    chooser = Chooser(registry, recipe, rules, scheme, scheme_options or {}, info, specs, format_base)
+    chooser = Chooser(registry, recipe, rules, scheme, scheme_options or {}, info, specs, format_base, stats)
     decisions = [chooser.decide(spec) for spec in specs]
     if chooser.hopeless:
         chooser.report_refusals()
     try:
         decisions = [ask_plugins(registry, d, probes or {}) for d in decisions]
         decisions = follow_ties(decisions)
-        check_needs(decisions, with_stats)
+        check_needs(decisions, stats or {})
         if quantizing:
             if getattr(exporter, "fuses", True):
                 check_fuse_groups(decisions)
@@ -85,7 +89,7 @@ def make_plan(
     if exporter is not None:
         ties = {d.spec.name: d.spec.tied_to for d in decisions if d.spec.tied_to is not None and d.action == "drop"}
         placed = tuple(step.placed for step in steps)
-        layout = FileLayout(placed, info, destination, _hash(steps, info), ties)
+        layout = FileLayout(placed, info, destination, _hash(steps, info, stats), ties)
         files = tuple(exporter.files(layout))
         notes += list(getattr(exporter, "notes", lambda _: ())(layout))
     unique = tuple(dict.fromkeys([*info.notes, *notes]))
@@ -126,11 +130,16 @@ def load_exporter(
     return resolve(specs, info) if resolve else exporter
 
 
-def _hash(steps: Sequence[Step], info: ModelInfo) -> str:
+def _hash(steps: Sequence[Step], info: ModelInfo, stats: Mapping[str, TensorStats] | None) -> str:
     """Identifies what is written, for names of files that must not collide."""
-    content = [
+    content: list[Any] = [
         [s.placed.output.name, s.action, s.scheme, describe(s), s.placed.held.layout, list(s.placed.output.shape)]
         for s in steps
     ]
+    for step in steps:
+        if step.placed.proposal is not None and step.placed.proposal.activation is not None:
+            content.append(step.placed.proposal.activation.to_dict())
+    if stats is not None:  # importance decides codes, and ranges those of biases
+        content.append([getattr(stats, label, "") for label in ("calibrator", "model", "data")])
     text = json.dumps([info.config, content], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

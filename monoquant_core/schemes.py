@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from monoquant_core.scratch import Scratch
+    from monoquant_core.stats import TensorStats
     from monoquant_core.tensor import QuantizedTensor
 
 NEEDS = frozenset({"importance", "ranges", "absmax", "whole"})
@@ -76,8 +77,10 @@ class Context:
 class Quantizer(Protocol):
     """One scheme with its options bound. ``propose`` and ``accepts`` import no torch and read no data.
 
-    Two more methods are optional: ``use(registry)``, called once, first, for schemes that ask other plugins; and
-    ``notes() -> Sequence[str]``, what to tell the user when the scheme quantizes something.
+    More methods are optional: ``use(registry)``, called once, first, for schemes that ask other plugins;
+    ``with_ranges(spec, proposal, stats: TensorStats) -> Proposal``, called in planning where calibration knows the
+    range of what goes into the layer: ``proposal`` with a static activation, say, and without the need for ``ranges``;
+    and ``notes() -> Sequence[str]``, what to tell the user when the scheme quantizes something.
     """
 
     #: whether zeros stay exactly zero; the conformance kit and the check rely on it
@@ -145,6 +148,17 @@ def group_block(spec: TensorSpec, size: int) -> tuple[int, ...] | Refusal:
     if spec.transposed:
         return (size, 1)
     return per_group(2 if flat else len(spec.shape), size)
+
+
+def static_inputs(spec: TensorSpec, element: ElementType, stats: TensorStats) -> ActivationQuant | None:
+    """Layer inputs quantized with one scale that calibration found; None where the inputs are indices.
+
+    The range is what the calibrator chose, neither made symmetric nor rounded: formats derive from it what they store.
+    """
+    if spec.kind in ("embedding", "position") or stats.low is None or stats.high is None:
+        return None
+    low, high = float(stats.low.min()), float(stats.high.max())
+    return ActivationQuant(element, "tensor", dynamic=False, low=low, high=high)
 
 
 def dynamic_inputs(spec: TensorSpec, element: ElementType) -> ActivationQuant | None:

@@ -25,7 +25,8 @@ from monoquant_core.recipe import (
     Text,
     near_names,
 )
-from monoquant_core.schemes import Quantizer, Refusal
+from monoquant_core.schemes import Proposal, Quantizer, Refusal
+from monoquant_core.stats import TensorStats, input_stats
 
 
 class Chooser:
@@ -41,8 +42,9 @@ class Chooser:
         info: ModelInfo,
         specs: Sequence[TensorSpec],
         format_base: str = "",
+        stats: Mapping[str, TensorStats] | None = None,
     ) -> None:
-        self.registry, self.model = registry, info.name
+        self.registry, self.model, self.stats = registry, info.name, stats or {}
         self.own_rules = (*rules, *recipe.rules)
         self.scheme, self.options = scheme or recipe.scheme, dict(recipe.options) | dict(scheme_options)
         if scheme and recipe.scheme and scheme.lower() != recipe.scheme.lower():
@@ -85,7 +87,7 @@ class Chooser:
             reason = rule.reason or rule.label
         if spec.numel == 0:
             return Decision(spec, "keep", "has no elements", chosen=chosen)
-        proposal = quantizer.propose(spec)
+        proposal = self.propose(quantizer, spec, spec.name)
         if isinstance(proposal, Refusal):
             self.refused.append((spec, label, proposal))
             if proposal.instead is None:
@@ -95,6 +97,21 @@ class Chooser:
         if action == "cast" and proposal.encoding == spec.dtype:
             return Decision(spec, "keep", f"is {spec.dtype} already", chosen=chosen)
         return Decision(spec, action, reason, proposal, label, quantizer, chosen)
+
+    def propose(self, quantizer: Quantizer, spec: TensorSpec, source: str) -> Proposal | Refusal:
+        """What a scheme would make of a tensor, with the range of its layer's input where that is known.
+
+        :param source: its name in the source, to find statistics by.
+        """
+        proposal = quantizer.propose(spec)
+        with_ranges = getattr(quantizer, "with_ranges", None)
+        if isinstance(proposal, Refusal) or with_ranges is None:
+            return proposal
+        found = input_stats(self.stats, source)
+        if found is None or found.low is None or found.high is None:
+            return proposal
+        ranged: Proposal = with_ranges(spec, proposal, found)
+        return ranged
 
     @property
     def hopeless(self) -> bool:
@@ -249,14 +266,23 @@ def check_fuse_groups(decisions: Sequence[Decision]) -> None:
             )
 
 
-def check_needs(decisions: Sequence[Decision], with_stats: bool) -> None:
-    """Refuse schemes that need statistics when there are none."""
-    needy = [d for d in decisions if d.proposal is not None and d.proposal.needs & {"importance", "ranges"}]
-    if needy and not with_stats:
-        raise PlanError(
-            f"{needy[0].scheme} needs calibration statistics for {needy[0].spec.name} and {len(needy) - 1} more",
-            hint="give them with stats=, or choose a scheme that needs none",
-        )
+def check_needs(decisions: Sequence[Decision], stats: Mapping[str, TensorStats]) -> None:
+    """Refuse schemes that need statistics of tensors that there are none of."""
+    needy = []
+    for d in decisions:
+        needs = d.proposal.needs if d.proposal is not None and d.action == "quantize" else frozenset()
+        found = input_stats(stats, d.spec.name) if needs & {"importance", "ranges"} else None
+        lacks_range = "ranges" in needs and (found is None or found.low is None)
+        if lacks_range or ("importance" in needs and (found is None or found.importance is None)):
+            needy.append(d)
+    if not needy:
+        return
+    more = f" and {len(needy) - 1} more" if len(needy) > 1 else ""
+    keep = f"; or keep what no batch reached: --keep '{needy[0].spec.name}'" if stats else ""
+    raise PlanError(
+        f"{needy[0].scheme} needs calibration statistics of what goes into {needy[0].spec.name}{more}",
+        hint=f"give --data or --stats (stats= in Python), or choose a scheme that needs none{keep}",
+    )
 
 
 def check_not_empty(decisions: Sequence[Decision], info: ModelInfo) -> None:

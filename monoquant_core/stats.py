@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from monoquant_core.errors import CalibrationError
+from monoquant_core.model import TensorSpec
 
 if TYPE_CHECKING:
     from typing import Self
@@ -137,3 +139,26 @@ def input_stats(stats: Mapping[str, TensorStats], tensor: str) -> TensorStats | 
     point = module.removesuffix(".") if module == "" or module.endswith(".") else tensor
     found = stats.get(f"{point}:input")
     return stats.get(tensor) if found is None else found
+
+
+def column_importance(stats: TensorStats, spec: TensorSpec) -> torch.Tensor | None:
+    """Importance of every input of a weight, as ``Context.importance`` has it; None where statistics have none.
+
+    Channels of an image are as important at every place of a convolution's kernel; a convolution in groups applies
+    the same columns to several channels, whose importance is averaged.
+
+    :raises CalibrationError: when they are of another number of inputs.
+    """
+    importance, shape = stats.importance, spec.shape
+    if importance is None or spec.kind == "conv_transpose" or len(shape) < 2:
+        return None
+    if spec.kind == "conv" and len(shape) > 2:
+        channels = shape[1]
+        if len(importance) % channels == 0:
+            return importance.view(-1, channels).mean(0).repeat_interleave(math.prod(shape[2:]))
+    elif len(importance) == (shape[0] if spec.transposed else shape[-1]):
+        return importance
+    raise CalibrationError(
+        f"{spec.name} {list(shape)}: statistics of {len(importance)} inputs: they are of another model",
+        hint="calibrate the model that is quantized",
+    )

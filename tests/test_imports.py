@@ -39,6 +39,8 @@ LAYERS: list[set[str]] = [
         "named_code",
         "graphs",
         "module_runner",
+        "quality",
+        "statistics",
     },
     {
         "exporters",
@@ -54,6 +56,7 @@ LAYERS: list[set[str]] = [
         "check",
         "workers",
         "engine",
+        "calibration",
     },
     {"api"},
     {"__init__"},
@@ -65,7 +68,7 @@ LEAVES = {"cli", "testing"}
 TORCH_FREE = {
     *("errors", "encoding", "options", "declarations", "hookspecs", "plugins", "rows", "report", "model", "stats"),
     *("probes", "runtimes", "schemes", "kinds", "recipe", "exporters", "planning", "selection", "negotiation"),
-    *("planner", "tasks", "memory", "sources", "api"),
+    *("planner", "tasks", "memory", "sources", "api", "runners", "named_code", "graphs", "quality", "statistics"),
 }
 
 

@@ -24,6 +24,7 @@ from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.planner import make_plan
 from monoquant_core.planning import describe as stored_as
 from monoquant_core.plugins import TABLES, Registry, load_registry
+from monoquant_core.stats import TensorStats
 from monoquant_core.testing import declarations as testing_declarations
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -250,6 +251,7 @@ def held_table(
                     scheme_options=values,
                     format=format,
                     format_options=format_options or {},
+                    stats=_calibrated() if values.get("activations") == "static" else None,
                     quantizing=False,  # a cast to what it is already changes nothing, and that is an answer here
                 )
             except UnsupportedEncodingError as exc:
@@ -266,6 +268,14 @@ def held_table(
             ]  # so that any model does
             rows.setdefault((stored, layout), (f"`{flags}`", stored, layout, bits, "; ".join(notes)))
     return _table(("scheme", "stored as", "layout", "bits per weight", "notes"), rows.values())
+
+
+def _calibrated() -> Mapping[str, TensorStats]:
+    """Statistics of the sample's input, for schemes that quantize inputs as calibrated."""
+    import torch
+
+    low, high = torch.tensor(-1.0), torch.tensor(3.0)
+    return {_Linear.weight.name: TensorStats(1, low, high, low=low, high=high)}
 
 
 def _as_typed(name: str, value: Any) -> str:

@@ -117,8 +117,8 @@ def test_accepts_other_scales_and_granularities(encoding: Encoding, accepted: bo
 
 
 def test_options() -> None:
-    with pytest.raises(OptionError, match="activations is one of dynamic, none"):
-        scheme("fp8", activations="static")
+    with pytest.raises(OptionError, match="activations is one of auto, dynamic, static, none"):
+        scheme("fp8", activations="sometimes")
     with pytest.raises(OptionError, match="has no option 'group_size'"):
         scheme("fp8", group_size=32)
 

@@ -15,9 +15,10 @@ class Fp8Options:
 
     granularity: str = option("channel", "What shares a scale.", choices=("channel", "tensor"))
     activations: str = option(
-        "dynamic",
-        "dynamic brings the inputs of layers to 8 bits per token at run time; none leaves them.",
-        choices=("dynamic", "none"),
+        "auto",
+        "Inputs of layers: dynamic brings them to 8 bits per token at run time, static with one scale that calibration "
+        "found, none leaves them; auto is static where there are statistics, else dynamic.",
+        choices=("auto", "dynamic", "static", "none"),
     )
 
 
@@ -27,7 +28,7 @@ def monoquant_register_schemes() -> list[SchemeDeclaration]:
     return [
         SchemeDeclaration(
             "fp8",
-            "8-bit floats (e4m3fn), one scale per output channel; layer inputs to 8 bits per token at run time",
+            "8-bit floats (e4m3fn), one scale per output channel; layer inputs to 8 bits at run time, or as calibrated",
             "monoquant_float.quantizer:Fp8Quantizer",
             Fp8Options,
             aliases=("f8", "float8_e4m3fn", "W8A8-FP8", "FP8-dynamic"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
@@ -9,12 +10,13 @@ from monoquant_core.declarations import NoOptions
 from monoquant_core.encoding import FLOAT8_E4M3FN, Encoding, per_tensor
 from monoquant_core.errors import QuantizationError
 from monoquant_core.model import TensorSpec
-from monoquant_core.schemes import Context, Proposal, Refusal, channel_block, dynamic_inputs, unsuitable
+from monoquant_core.schemes import Context, Proposal, Refusal, channel_block, dynamic_inputs, static_inputs, unsuitable
 from monoquant_float.plugin import Fp8Options
 
 if TYPE_CHECKING:
     import torch
 
+    from monoquant_core.stats import TensorStats
     from monoquant_core.tensor import QuantizedTensor
 
 SCALES = ("float32", "float16", "bfloat16")  #: dtypes a scale can be asked for in
@@ -35,11 +37,22 @@ class Fp8Quantizer:
         refusal = unsuitable(spec)
         if refusal is not None:
             return refusal
-        activation = dynamic_inputs(spec, FLOAT8_E4M3FN) if self.options.activations == "dynamic" else None
+        block, needs = channel_block(spec), frozenset[str]()
         if self.options.granularity == "tensor":
-            encoding = Encoding(FLOAT8_E4M3FN, per_tensor(len(spec.shape)), "float32")
-            return Proposal(encoding, activation, needs=frozenset({"absmax"}))
-        return Proposal(Encoding(FLOAT8_E4M3FN, channel_block(spec), "float32"), activation)
+            block, needs = per_tensor(len(spec.shape)), frozenset({"absmax"})
+        activation = dynamic_inputs(spec, FLOAT8_E4M3FN) if self.options.activations != "none" else None
+        if self.options.activations == "static" and activation is not None:
+            activation, needs = None, needs | {"ranges"}
+        return Proposal(Encoding(FLOAT8_E4M3FN, block, "float32"), activation, needs=needs)
+
+    def with_ranges(self, spec: TensorSpec, proposal: Proposal, stats: TensorStats) -> Proposal:
+        """The same with the calibrated range of the layer's input, where the options ask for it."""
+        if self.options.activations not in ("auto", "static"):
+            return proposal
+        activation = static_inputs(spec, FLOAT8_E4M3FN, stats)
+        if activation is None:
+            return proposal
+        return dataclasses.replace(proposal, activation=activation, needs=proposal.needs - {"ranges"})
 
     def accepts(self, spec: TensorSpec, encoding: Encoding) -> bool:
         """Whether ``quantize`` can produce it: the same codes, in any scale dtype and granularity."""

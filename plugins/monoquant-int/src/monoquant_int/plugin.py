@@ -34,6 +34,12 @@ class IntOptions:
 class W8A8Options:
     """Options of ``w8a8``."""
 
+    activations: str = option(
+        "auto",
+        "Inputs of layers: dynamic quantizes them at run time, static with one scale that calibration found; auto is "
+        "static where there are statistics, else dynamic.",
+        choices=("auto", "dynamic", "static"),
+    )
     granularity: str = option(
         "auto", "What shares a scale of the weights; auto is channel.", choices=("auto", "tensor", "channel")
     )
@@ -58,7 +64,7 @@ def monoquant_register_schemes() -> list[SchemeDeclaration]:
         )
         for bits in WIDTHS
     ]
-    summary = "8-bit integers, one scale per output channel; layer inputs to 8 bits per token at run time"
+    summary = "8-bit integers, one scale per output channel; layer inputs to 8 bits at run time, or as calibrated"
     return [
         *widths,
         SchemeDeclaration("w8a8", summary, "monoquant_int.quantizer:w8a8", W8A8Options, aliases=("W8A8-INT8",)),

@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING
 from monoquant_core.encoding import FULL, INT8, Encoding, integer, per_tensor
 from monoquant_core.errors import OptionError
 from monoquant_core.model import TensorSpec
-from monoquant_core.schemes import Context, Proposal, Refusal, channel_block, dynamic_inputs, group_block, unsuitable
+from monoquant_core.schemes import (
+    Context,
+    Proposal,
+    Refusal,
+    channel_block,
+    dynamic_inputs,
+    group_block,
+    static_inputs,
+    unsuitable,
+)
 from monoquant_int.plugin import IntOptions, W8A8Options
 
 if TYPE_CHECKING:
     import torch
 
+    from monoquant_core.stats import TensorStats
     from monoquant_core.tensor import QuantizedTensor
 
 GROUP_SIZE = 128
@@ -30,8 +40,9 @@ class IntQuantizer:
     keeps_zero = True
     nearest = True  #: a search settles the scale; codes are the nearest ones to it
 
-    def __init__(self, bits: int, options: IntOptions, *, quantize_inputs: bool = False) -> None:
-        self.bits, self.options, self.quantize_inputs = bits, options, quantize_inputs
+    def __init__(self, bits: int, options: IntOptions, *, inputs: str = "none") -> None:
+        self.bits, self.options = bits, options
+        self.inputs = inputs  #: "none", or what W8A8Options.activations says
         self.granularity = options.granularity
         if self.granularity == "auto":
             self.granularity = "group" if options.group_size or bits < 8 else "channel"
@@ -69,8 +80,19 @@ class IntQuantizer:
         needs: frozenset[str] = frozenset()
         if self.granularity == "tensor":
             needs = frozenset({"absmax" if self.options.symmetric else "whole"})
-        activation = dynamic_inputs(spec, INT8) if self.quantize_inputs else None
+        if self.inputs == "static" and dynamic_inputs(spec, INT8) is not None:
+            return Proposal(encoding, needs=needs | {"ranges"})
+        activation = dynamic_inputs(spec, INT8) if self.inputs in ("auto", "dynamic") else None
         return Proposal(encoding, activation, needs=needs)
+
+    def with_ranges(self, spec: TensorSpec, proposal: Proposal, stats: TensorStats) -> Proposal:
+        """The same with the calibrated range of the layer's input, where the options ask for it."""
+        if self.inputs not in ("auto", "static"):
+            return proposal
+        activation = static_inputs(spec, INT8, stats)
+        if activation is None:
+            return proposal
+        return dataclasses.replace(proposal, activation=activation, needs=proposal.needs - {"ranges"})
 
     def accepts(self, spec: TensorSpec, encoding: Encoding) -> bool:
         """Whether ``quantize`` can produce it: the same codes and zero points, in any scale dtype and granularity."""
@@ -114,7 +136,7 @@ def w8a8(options: W8A8Options) -> IntQuantizer:
         rounding=options.rounding,
         narrow_range=options.narrow_range,
     )
-    return IntQuantizer(8, weights, quantize_inputs=True)
+    return IntQuantizer(8, weights, inputs=options.activations)
 
 
 int2, int3, int4, int5, int6, int7, int8 = (functools.partial(IntQuantizer, bits) for bits in range(2, 9))

@@ -1,0 +1,242 @@
+"""Calibration: a model runs on batches, and what flows through it becomes statistics."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from monoquant_core import options as opts
+from monoquant_core.declarations import CalibratorDeclaration
+from monoquant_core.errors import CalibrationError, MonoquantError
+from monoquant_core.observers import Observer
+from monoquant_core.quality import judge
+from monoquant_core.runners import Batch, Runnable, Runner
+from monoquant_core.statistics import Statistics
+from monoquant_core.stats import Calibrator, TensorStats
+from monoquant_core.tensor import as_bytes, dtype_name
+
+#: called with the samples seen so far
+SampleProgress = Callable[[int], None]
+
+
+class Collector:
+    """Statistics in the making: an observer for every point, and what tells the samples.
+
+    Those of several processes that saw different samples can be merged: ``state_dict`` is tensors only.
+
+    :param make: constructs a calibrator; always with the same options.
+    """
+
+    def __init__(self, make: Callable[[], Calibrator]) -> None:
+        self._make = make
+        self.observers: dict[str, Observer] = {}
+        self.samples = 0
+        self.expected: tuple[str, ...] = ()  #: points that should be reached
+        self.notes: list[str] = []
+        self._seen: set[bytes] = set()
+        self._duplicates = 0
+        self._answers = _Answers()
+        self._data = hashlib.sha256()
+
+    def observe(self, point: str, values: torch.Tensor, axis: int = -1) -> None:
+        """What a runner tells.
+
+        :raises CalibrationError: for NaN and infinity, naming the point.
+        """
+        if point not in self.observers:
+            self.observers[point] = Observer(self._make, axis)
+        try:
+            self.observers[point].observe(values)
+        except CalibrationError as exc:
+            raise CalibrationError(f"{point}: {exc}", hint=exc.hint) from exc
+
+    def run(self, runner: Runner, batches: Iterable[Batch], progress: SampleProgress | None = None) -> None:
+        """Run all batches and observe them.
+
+        :raises CalibrationError: when a batch does not fit, the model fails, or nothing is given.
+        """
+        self.expected = tuple(runner.points)
+        for batch in batches:
+            self._count(batch)
+            self._answers.observe(runner.run(batch, self.observe))
+            if progress is not None:
+                progress(self.samples)
+        self.notes = list(dict.fromkeys([*self.notes, *runner.notes]))
+        if not self.samples:
+            raise CalibrationError("there are no samples: the data is empty")
+
+    def merge(self, other: Collector) -> None:
+        """Take in what another collector of the same model and calibrator saw, as the later samples."""
+        for point, observer in other.observers.items():
+            if point not in self.observers:
+                self.observers[point] = observer
+            else:
+                self.observers[point].merge(observer)
+        self._duplicates += other._duplicates + len(self._seen & other._seen)
+        self._seen |= other._seen
+        self.samples += other.samples
+        self._answers.merge(other._answers)
+        self._data.update(other._data.digest())
+        self.expected = tuple(dict.fromkeys([*self.expected, *other.expected]))
+        self.notes = list(dict.fromkeys([*self.notes, *other.notes]))
+
+    def statistics(self, calibrator: str = "", model: str = "") -> Statistics:
+        """What was learned, judged.
+
+        :raises CalibrationError: when no point was reached.
+        """
+        points: dict[str, TensorStats] = {}
+        for point, observer in self.observers.items():
+            points[point] = observer.stats()
+        if not points:
+            raise CalibrationError("no batch reached a weight: nothing was observed")
+        findings = judge(
+            points,
+            samples=self.samples,
+            duplicates=self._duplicates,
+            unreached=[point for point in self.expected if point not in points],
+            variety=self._answers.variety,
+        )
+        data = self._data.hexdigest()
+        return Statistics(points, calibrator, self.samples, model, data, tuple(findings), tuple(self.notes))
+
+    def _count(self, batch: Batch) -> None:
+        self.samples += batch_size(batch)
+        for sample in hash_samples(batch):
+            self._duplicates += sample in self._seen
+            self._seen.add(sample)
+            self._data.update(sample)
+
+
+class _Answers:
+    """How much of what a model answers differs between samples, where it answers each with a vector."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def observe(self, outputs: Mapping[str, torch.Tensor]) -> None:
+        """Take in the outputs of a batch."""
+        vectors = {n: v.double().cpu() for n, v in outputs.items() if v.ndim == 2 and v.is_floating_point()}
+        for name, value in vectors.items():
+            sums, squares = self._sums.get(name, (torch.zeros(()), torch.zeros(())))
+            if sums.ndim == 0 or sums.shape == value.shape[1:]:
+                self._sums[name] = (sums + value.sum(0), squares + value.square().sum(0))
+        self._count += len(next(iter(vectors.values()), ()))
+
+    def merge(self, other: _Answers) -> None:
+        """Take in what another one saw."""
+        for name, (sums, squares) in other._sums.items():
+            mine = self._sums.get(name)
+            self._sums[name] = (sums, squares) if mine is None else (mine[0] + sums, mine[1] + squares)
+        self._count += other._count
+
+    @property
+    def variety(self) -> float | None:
+        """Variance over mean square, of the output that varies most; None where no output is one vector per sample."""
+        shares = []
+        for sums, squares in self._sums.values():
+            energy = float(squares.sum()) / max(1, self._count)
+            variance = float((squares / self._count - (sums / self._count).square()).sum()) if self._count else 0.0
+            shares.append(variance / energy if energy > 0 else 0.0)
+        return max(shares) if shares and self._count > 1 else None
+
+
+def calibrate(
+    graph: Runnable,
+    batches: Iterable[Batch],
+    declared: CalibratorDeclaration,
+    options: Mapping[str, Any] | None = None,
+    *,
+    model: str = "",
+    points: Collection[str] | None = None,
+    device: str = "",
+    progress: SampleProgress | None = None,
+) -> Statistics:
+    """Run a graph on batches and learn what its weights are multiplied with.
+
+    :param declared: the calibrator, with its ``options``.
+    :param model: the model's key, to be kept with the statistics.
+    :param points: what to watch; None is what the graph finds useful.
+    :raises CalibrationError: when a batch does not fit, the model fails, or a value is NaN or infinite.
+    """
+    if device:
+        from monoquant_core.engine import find_device
+
+        find_device(device)
+    make, label = bind(declared, options or {})
+    collector = Collector(make)
+    with graph.runner(points, device) as runner:
+        collector.run(runner, batches, progress)
+    return collector.statistics(label, model)
+
+
+def bind(declared: CalibratorDeclaration, values: Mapping[str, Any]) -> tuple[Callable[[], Calibrator], str]:
+    """What constructs a calibrator with options, and how it is printed.
+
+    :raises OptionError: for an option that it does not take.
+    """
+    bound: Any = opts.build(declared.options, values, owner=f"--calibrator {declared.name}")
+    changed = [
+        f"{i.name}={v}" for i in opts.option_infos(declared.options) if (v := getattr(bound, i.name)) != i.default
+    ]
+    target = declared.load()
+
+    def make() -> Calibrator:
+        made: Calibrator = target(bound)
+        return made
+
+    return make, " ".join([declared.name, *changed])
+
+
+def data_key(batches: Iterable[Batch]) -> str:
+    """What tells samples: the same key as that of statistics made of them. Reads them all.
+
+    :raises CalibrationError: when there are none.
+    """
+    digest, any_samples = hashlib.sha256(), False
+    for batch in batches:
+        for sample in hash_samples(batch):
+            digest.update(sample)
+            any_samples = True
+    if not any_samples:
+        raise CalibrationError("there are no samples: the data is empty")
+    return digest.hexdigest()
+
+
+def batch_size(batch: Batch) -> int:
+    """Samples in a batch: the first extent of its first tensor."""
+    tensors = _tensors(batch)
+    if not tensors:
+        raise CalibrationError(f"a batch is a tensor, a tuple or a dict of tensors, got {type(batch).__name__}")
+    first = next(iter(tensors.values()))
+    return len(first) if first.ndim else 1
+
+
+def hash_samples(batch: Batch) -> list[bytes]:
+    """A digest of every sample of a batch."""
+    tensors, size = _tensors(batch), batch_size(batch)
+    digests = [hashlib.sha256() for _ in range(size)]
+    for name, tensor in sorted(tensors.items()):
+        shared = not tensor.ndim or len(tensor) != size
+        value = tensor.detach().cpu().contiguous()
+        head = f"{name} {dtype_name(value.dtype)} {tuple(value.shape[0 if shared else 1 :])}".encode()
+        for i, digest in enumerate(digests):
+            digest.update(head)
+            digest.update(as_bytes(value if shared else value[i].contiguous()).numpy().data)
+    return [digest.digest() for digest in digests]
+
+
+def _tensors(batch: Any) -> dict[str, torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        return {"0": batch}
+    items = batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, tuple | list) else ()
+    return {str(name): value for name, value in items if isinstance(value, torch.Tensor)}
+
+
+def named(exc: MonoquantError, name: str) -> CalibrationError:
+    """An error with the name of the data in front of it."""
+    return CalibrationError(f"{name}: {exc}", hint=exc.hint)

@@ -28,8 +28,8 @@ _BEYOND = 2.0**128  # where the last bin ends
 class Bins:
     """The occupied bins of a histogram, in ascending order. Zero has one of its own, without width."""
 
-    lower: torch.Tensor  #: float64 [bins]; of the first one the smallest value
-    upper: torch.Tensor  #: float64 [bins]; of the last one the largest value
+    lower: torch.Tensor  #: float64 [bins]; where all values are binned, the first one is the smallest value
+    upper: torch.Tensor  #: float64 [bins]; and the last one the largest value
     counts: torch.Tensor  #: int64 [channels, bins]; one channel where one histogram holds all
 
 
@@ -95,11 +95,8 @@ class Histogram:
 
     def bins(self) -> Bins:
         """The occupied bins."""
-        size = 1 << self._bits
-        codes = (torch.arange(self.counts.shape[2] * size + 1) + self.first * size) << (23 - self._bits)
-        edges = codes.to(torch.int32).view(torch.float32).double().nan_to_num_(posinf=_BEYOND)
+        below, above = self._edges()
         zero = torch.zeros(1, dtype=torch.float64)
-        below, above = edges[:-1], edges[1:]
         positive, negative = self.counts.flatten(2).unbind(1)
         lower = torch.cat([-above.flip(0), zero, below])
         upper = torch.cat([-below.flip(0), zero, above])
@@ -110,6 +107,13 @@ class Histogram:
             upper.clamp_(max=self.maximum.max().double())
             lower = torch.minimum(lower.clamp_(min=self.minimum.min().double()), upper)
         return Bins(lower, upper, counts)
+
+    def magnitudes(self) -> Bins:
+        """The occupied bins of the magnitudes that are not zero, whole ones."""
+        below, above = self._edges()
+        counts = self.counts.sum(1).flatten(1)
+        occupied = counts.sum(0) > 0
+        return Bins(below[occupied], above[occupied], counts[:, occupied])
 
     def quantile(self, q: float) -> torch.Tensor:
         """What ``numpy.quantile`` gives of all values, within the width of a bin; exact for 0 and 1.
@@ -164,6 +168,12 @@ class Histogram:
         self.first = first
         self.counts, self.zeros = values["counts"], values["zeros"]
         self.minimum, self.maximum = values["minimum"], values["maximum"]
+
+    def _edges(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the bins of positive values start and end, float64."""
+        codes = torch.arange((self.counts.shape[2] << self._bits) + 1) + (self.first << self._bits)
+        edges = (codes << 23 - self._bits).to(torch.int32).view(torch.float32).double().nan_to_num_(posinf=_BEYOND)
+        return edges[:-1], edges[1:]
 
     def _order_statistic(self, bins: Bins, k: torch.Tensor) -> torch.Tensor:
         """The k-th smallest value of every channel, from 0: where it lies if values lie evenly in their bin."""

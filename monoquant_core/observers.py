@@ -197,9 +197,10 @@ def clipped_share(histogram: Histogram, low: torch.Tensor, high: torch.Tensor) -
 
 def outlier_ratio(histogram: Histogram) -> float:
     """The largest magnitude over the 99.9th percentile of the magnitudes that are not zero; at least 1."""
-    bins = histogram.bins()
-    magnitude, order = torch.maximum(bins.lower.abs(), bins.upper.abs()).sort()
-    counts = torch.where(magnitude > 0, bins.counts.sum(0)[order], 0).cumsum(0)
-    if not int(counts[-1]):
+    bins = histogram.magnitudes()
+    counts = bins.counts.sum(0).cumsum(0)
+    if not len(counts):
         return 1.0
-    return float(magnitude[-1] / magnitude[torch.searchsorted(counts, math.ceil(_QUANTILE * int(counts[-1])))])
+    largest = torch.maximum(histogram.maximum.max(), -histogram.minimum.min())
+    quantile = bins.upper[torch.searchsorted(counts, math.ceil(_QUANTILE * int(counts[-1])))]
+    return max(1.0, float(largest / quantile))

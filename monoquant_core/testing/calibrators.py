@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import pickle
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +25,12 @@ def _batches() -> list[torch.Tensor]:
     values = [torch.randn(shape, generator=generator(i)) for i, shape in enumerate(shapes)]
     values[1][0, 0, 0] = 30.0
     return [values[0], values[1], values[2] * 3 - 1, values[3], values[4].relu()]
+
+
+def _orders(batches: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Every batch in every place, forwards and backwards."""
+    turned = [batches[i:] + batches[:i] for i in range(len(batches))]
+    return turned + [order[::-1] for order in turned]
 
 
 #: batches whose range is easily empty, infinite or without zero
@@ -132,11 +137,11 @@ class CalibratorConformance:
         batches = _batches()
         expected = _range(make, batches)
         if make().order_matters:
-            changed = [_range(make, list(order)) != expected for order in itertools.permutations(batches)]
+            changed = [_range(make, order) != expected for order in _orders(batches)]
             assert any(changed), "declares that the order matters, and it never does"
             return
-        for order in itertools.permutations(batches):
-            self._assert_close(_range(make, list(order)), expected)
+        for order in _orders(batches):
+            self._assert_close(_range(make, order), expected)
         self._assert_close(_range(make, [torch.cat([b.reshape(-1, _CHANNELS) for b in batches])]), expected)
 
     def test_merging_is_observing_everything(self, make: Make) -> None:
@@ -157,10 +162,10 @@ class CalibratorConformance:
             singles = singles[::2]
         self._assert_close(_ends(singles[0]), expected, rounding)
         if not ordered:
-            for order in itertools.permutations(range(len(batches))):
+            for order in _orders(batches):
                 merged = make()
-                for i in order:
-                    merged.merge(_observed(make, [batches[i]]))
+                for batch in order:
+                    merged.merge(_observed(make, [batch]))
                 self._assert_close(_ends(merged), expected)
 
     def test_merging_leaves_the_other_alone(self, make: Make) -> None:

@@ -14,8 +14,8 @@ class Percentile(Counted):
 
     def __init__(self, options: PercentileOptions) -> None:
         super().__init__(options)
-        if not 50 < options.percentile <= 100:
-            raise OptionError(f"percentile: percentile is above 50 and at most 100, got {options.percentile}")
+        if not 50 <= options.percentile <= 100:
+            raise OptionError(f"percentile: percentile is 50 to 100, got {options.percentile}")
         self._percentile = options.percentile
 
     def _ends(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,7 @@ class PercentileOptions(MinMaxOptions):
     """Options of ``percentile``."""
 
     percentile: float = option(
-        99.99, "The range ends at this percentile and starts at 100 minus it; above 50, 100 cuts nothing.", minimum=50
+        99.99, "The range ends at this percentile and starts at 100 minus it; 100 cuts nothing off.", minimum=50
     )
 
 

@@ -69,3 +69,7 @@ class CalibrationError(MonoquantError):
 
 class DeviceError(MonoquantError):
     """A device that this machine does not have."""
+
+
+class ExecutionError(MonoquantError):
+    """A runtime that is not installed, does not load a file, or cannot run the inputs."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from monoquant_core.api import plan as plan
     from monoquant_core.api import quantize as quantize
     from monoquant_core.api import save_all as save_all
+    from monoquant_core.api import verify as verify
     from monoquant_core.encoding import ActivationQuant as ActivationQuant
     from monoquant_core.encoding import ElementType as ElementType
     from monoquant_core.encoding import Encoding as Encoding
@@ -45,6 +46,7 @@ _HOMES = {
     "plan": "api",
     "quantize": "api",
     "save_all": "api",
+    "verify": "api",
     "ActivationQuant": "encoding",
     "ElementType": "encoding",
     "Encoding": "encoding",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from monoquant_core.errors import PlanError, SourceError
+from monoquant_core.errors import ExecutionError, PlanError, PluginError, SourceError
 from monoquant_core.planner import graph_source, make_plan
 from monoquant_core.planning import OnUnsupported, Plan
 from monoquant_core.plugins import Registry, load_registry
@@ -19,8 +20,11 @@ from monoquant_core.selection import Chooser
 if TYPE_CHECKING:
     import torch
 
+    from monoquant_core.agreement import Verification
     from monoquant_core.model import Source
     from monoquant_core.report import Comparison, ProgressCallback, Report
+    from monoquant_core.runners import Batch
+    from monoquant_core.runtimes import Runtime
     from monoquant_core.stats import TensorStats
     from monoquant_core.tensor import QuantizedTensor
 
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 RecipeLike = Recipe | Mapping[str, Any] | str | Path
 DEFAULT_FORMAT = "safetensors"
 DEFAULT_SCHEME = "int8"
+MADE_UP = 4  #: samples that are made up where there are no data
 
 
 @functools.cache
@@ -227,6 +232,66 @@ def save_all(
 
     options = RunOptions(threads=threads, device=device, force=force, nonfinite=nonfinite)
     return write_all(outputs, source, options, stats=stats, progress=progress)
+
+
+def verify(
+    path: str | os.PathLike[str],
+    against: Model,
+    data: Iterable[Batch] | None = None,
+    *,
+    runtime: str = "",
+    tolerance: float | None = None,
+    unsafe_pickle: bool = False,
+    registry: Registry | None = None,
+) -> Verification:
+    """Run a finished file in its runtime, and hold the outputs against its own dequantized values and the original.
+
+    :param against: what was quantized.
+    :param data: batches: a tensor, a tuple or a mapping by input name; ``labels`` among them are the right classes.
+        None makes inputs up, on which no quality is measured.
+    :param runtime: name of one, where several run the file.
+    :param tolerance: largest relative error against the dequantized values; None is what the runtime's arithmetic
+        explains.
+    :raises ExecutionError: when no runtime runs the file, or it does not load it.
+    """
+    from monoquant_core.graphs import made_up_batch, runnable_of
+    from monoquant_core.verification import Subject, named, verify_with
+
+    registry = registry or installed()
+    target = Path(path)
+    with contextlib.ExitStack() as opened:
+        finished = open_source(path, registry=registry)
+        opened.callback(finished.close)
+        name, running = find_runtime(target, registry, runtime)
+        original = open_source(against, registry=registry, unsafe_pickle=unsafe_pickle)
+        opened.callback(original.close)
+        graph = runnable_of(original)
+        batches = [named(b, graph.inputs) for b in data] if data is not None else [made_up_batch(graph, MADE_UP)]
+        subject = Subject(target, finished, name, running)
+        return verify_with(subject, original, batches, tolerance=tolerance, scored=data is not None)
+
+
+def find_runtime(path: Path, registry: Registry, name: str = "") -> tuple[str, Runtime]:
+    """The runtime of that name, or the first that runs the file; with its name.
+
+    :raises ExecutionError: when there is none.
+    """
+    from monoquant_core import options as opts
+
+    declared = [registry.runtime(name)] if name else list(registry.runtimes.values())
+    failed = []
+    for declaration in declared:
+        try:
+            runtime: Runtime = declaration.load()(
+                opts.build(declaration.options, {}, owner=f"runtime {declaration.name}")
+            )
+        except PluginError as exc:  # a broken plugin must not take the others down
+            failed.append(f"; {exc.reason}")
+            continue
+        if runtime.recognises(path):
+            return declaration.name, runtime
+    known = ", ".join(registry.runtimes) or "none installed"
+    raise ExecutionError(f"{path}: no runtime runs files of this kind; known: {known}{''.join(failed)}")
 
 
 class QuantizedModel:

@@ -2,75 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from monoquant_core.agreement import Agreement, Quality, Verification
 from monoquant_core.errors import ExecutionError
+from monoquant_core.graphs import module_of
 from monoquant_core.model import Source
-from monoquant_core.runners import Runner
+from monoquant_core.module_runner import ModuleGraph
+from monoquant_core.rows import row_count
+from monoquant_core.runners import Batch, Input, Runner
 from monoquant_core.runtimes import LOG_PROBABILITIES, LOGITS, Runtime
+from monoquant_core.tensor import QuantizedTensor
 
 MAX_DEGRADATION = 0.02  #: of a measured quality, beyond which a warning is due
 IR = "IR"  #: an agreement with the dequantized values
 LABELS = "labels"  #: name of the classes of the samples among the data
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """How one output of the finished file agrees with the same output of something else."""
-
-    output: str
-    against: str  #: "IR"; "original"; "unoptimized": the same runtime without its optimizations
-    samples: int
-    cosine: float  #: mean over the samples
-    worst_cosine: float
-    relative_error: float  #: root of the summed squared difference over the summed squared reference
-    max_error: float  #: largest absolute difference
-    same_top: float | None = None  #: share of positions with the same largest entry, for logits
-    bound: float | None = None  #: largest relative error allowed; None where nothing is promised
-
-    @property
-    def passed(self) -> bool:
-        """Whether it is within its bound."""
-        return self.bound is None or self.relative_error <= self.bound
-
-
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """A quality of the model on the given data, measured before and after."""
-
-    metric: str  #: "perplexity" (lower is better), "accuracy" (higher is better)
-    count: int  #: predictions that were scored
-    before: float
-    after: float
-
-    @property
-    def degradation(self) -> float:
-        """Relative loss: 0.02 is 2 % worse; negative where it became better."""
-        if self.metric == "perplexity":
-            return self.after / self.before - 1 if self.before else math.inf
-        return 1 - self.after / self.before if self.before else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What was measured of a finished file in its runtime."""
-
-    path: Path
-    runtime: str
-    agreements: tuple[Agreement, ...]
-    qualities: tuple[Quality, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """Whether every comparison with a bound is within it."""
-        return all(agreement.passed for agreement in self.agreements)
 
 
 class Subject(NamedTuple):
@@ -117,7 +69,56 @@ def verify_with(
             "nothing to compare"
         )
     qualities = _qualities(batches, from_original, found) if scored else []
-    return Verification(path, name, tuple(agreements), tuple(qualities), (*notes, *_notes(qualities)))
+    samples = sum(len(next(iter(batch.values()))) for batch in batches)
+    every = (*notes, *_notes(qualities))
+    return Verification(path, name, samples, scored, tuple(agreements), tuple(qualities), every)
+
+
+def named(batch: Batch, inputs: Sequence[Input]) -> dict[str, torch.Tensor]:
+    """A batch by input name.
+
+    :raises ExecutionError: when it has more inputs than the model.
+    """
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    values = batch if isinstance(batch, tuple) else (batch,)
+    names = [i.name for i in inputs]
+    if len(values) > len(names):
+        raise ExecutionError(f"a batch of {len(values)} inputs, and the model takes {', '.join(names) or 'none'}")
+    return dict(zip(names, values, strict=False))
+
+
+def reference(original: Source, finished: Source | None) -> Runner:
+    """The original as a module of torch, with the dequantized values of a finished file in their places.
+
+    The original's own module is not changed.
+
+    :raises CalibrationError: when the original is no model that can be run.
+    :raises ExecutionError: when the finished file holds quantized tensors that the module does not have.
+    """
+    module = module_of(original)
+    if finished is not None:
+        view: Callable[[], Source | None] | None = getattr(finished, "checkpoint", None)
+        finished = (view() if view is not None else None) or finished  # under the original's names
+        module = copy.deepcopy(module) if module is original.info.graph else module
+        _put_values(module, finished)
+    return ModuleGraph(module, original.info.name).runner(())
+
+
+def _put_values(module: torch.nn.Module, finished: Source) -> None:
+    target = module.state_dict()
+    if not target.keys() & {spec.name for spec in finished.specs()}:
+        raise ExecutionError(f"{finished.info.name}: no tensor has the name of one of the original's")
+    for spec in finished.specs():
+        tensor = target.get(spec.name)
+        if tensor is None or tuple(tensor.shape) != spec.shape:
+            if spec.encoding is not None:
+                there = "has none of this name" if tensor is None else f"has {list(tensor.shape)} there"
+                raise ExecutionError(f"{finished.info.name}: {spec.name} {list(spec.shape)}: the original {there}")
+            continue
+        value = finished.read(spec.name, range(row_count(spec.shape)))
+        with torch.no_grad():
+            tensor.copy_(value.dequantize() if isinstance(value, QuantizedTensor) else value)
 
 
 def compare(
@@ -133,23 +134,25 @@ def compare(
     return total.agreement(output, against, bound)
 
 
-def perplexity(outputs: Sequence[torch.Tensor], tokens: Sequence[torch.Tensor]) -> tuple[float, int]:
+def perplexity(outputs: Sequence[torch.Tensor], batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[float, int]:
     """exp of the mean negative log likelihood of every token that follows a position of the outputs; and their count.
 
     :param outputs: logits or log probabilities ``[samples, positions, vocabulary]``, of the last positions.
-    :param tokens: ``[samples, length]``.
+    :param batches: ``input_ids`` ``[samples, length]``; tokens whose ``attention_mask`` is 0 are not scored.
     """
     total, count = 0.0, 0
-    for logits, ids in zip(outputs, tokens, strict=True):
-        targets = ids[:, ids.shape[1] - logits.shape[1] + 1 :].long()
+    for logits, batch in zip(outputs, batches, strict=True):
+        ids = batch["input_ids"]
+        first = ids.shape[1] - logits.shape[1] + 1
+        scored = batch.get("attention_mask", torch.ones_like(ids))[:, first:].bool()
         scores = torch.log_softmax(logits[:, :-1].double(), dim=-1)
-        total -= float(scores.gather(-1, targets.unsqueeze(-1)).sum())
-        count += targets.numel()
+        total -= float(scores.gather(-1, ids[:, first:].long().unsqueeze(-1)).squeeze(-1)[scored].sum())
+        count += int(scored.sum())
     return (math.exp(total / count) if count else math.nan), count
 
 
 def accuracy(outputs: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> tuple[float, int]:
-    """Share of samples whose largest entry is the label's, ``[samples, classes]`` against ``[samples]``; and their count."""
+    """Share of samples ``[samples, classes]`` whose largest entry is the label's ``[samples]``; and their count."""
     right = sum(int((out.argmax(-1) == truth.reshape(-1)).sum()) for out, truth in zip(outputs, labels, strict=True))
     count = sum(truth.numel() for truth in labels)
     return (right / count if count else math.nan), count
@@ -232,11 +235,10 @@ def _qualities(
     if len(labels) == len(batches) and all(out.ndim == 2 for out in after[name]):
         (first, count), (second, _) = accuracy(before[name], labels), accuracy(after[name], labels)
         qualities.append(Quality("accuracy", count, first, second))
-    tokens = [batch["input_ids"] for batch in batches if "input_ids" in batch]
-    if len(tokens) == len(batches) and name in (LOGITS, LOG_PROBABILITIES) and all(o.ndim == 3 for o in after[name]):
-        last = min(out.shape[1] for out in after[name])
-        same = [out[:, out.shape[1] - last :] for out in before[name]]
-        (first, count), (second, _) = perplexity(same, tokens), perplexity(after[name], tokens)
+    text = name in (LOGITS, LOG_PROBABILITIES) and all("input_ids" in batch for batch in batches)
+    if text and all(out.ndim == 3 for out in after[name]):
+        same = [_common(*pair)[0] for pair in zip(before[name], after[name], strict=True)]
+        (first, count), (second, _) = perplexity(same, batches), perplexity(after[name], batches)
         if count:
             qualities.append(Quality("perplexity", count, first, second))
     return qualities
@@ -246,6 +248,7 @@ def _notes(qualities: Iterable[Quality]) -> Iterable[str]:
     for quality in qualities:
         if quality.degradation > MAX_DEGRADATION:
             yield (
-                f"{quality.metric} is {quality.degradation:.1%} worse than the original's: more bits (--set), a smaller "
-                "--group-size, or calibration data (--data) bring it back; compare shows the tensors that changed most"
+                f"{quality.metric} is {quality.degradation:.1%} worse than the original's: more bits (--set), "
+                "a smaller --group-size, or calibration data (--data) bring it back; "
+                "'monoquant compare' shows the tensors that changed most"
             )

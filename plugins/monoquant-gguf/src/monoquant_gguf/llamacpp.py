@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from monoquant_core.errors import ExecutionError
-from monoquant_core.runners import Input
+from monoquant_core.runners import Batch, Input, Observe
 from monoquant_core.runtimes import LOG_PROBABILITIES
 
 POSITIONS = 8  #: the last so many positions of a sequence are evaluated, each by a request of its own
@@ -26,7 +26,9 @@ class LlamaCpp:
     :raises ExecutionError: without xllamacpp, or when llama.cpp does not load the file.
     """
 
-    inputs = (Input("input_ids", "int64", (None, None)),)
+    inputs: Sequence[Input] = (Input("input_ids", "int64", (None, None)), Input("attention_mask", required=False))
+    points: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def __init__(self, path: Path, *, embedding: bool, vocabulary: int, context: int = 512) -> None:
         try:
@@ -50,12 +52,20 @@ class LlamaCpp:
         except RuntimeError as exc:
             raise ExecutionError(f"{path}: llama.cpp does not load it: {exc}") from exc
 
-    def run(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        del self._server
+
+    def run(self, batch: Batch, observe: Observe | None = None) -> Mapping[str, torch.Tensor]:
         """``log_probabilities`` ``[samples, positions, vocabulary]`` of the last positions, or ``embedding``
         ``[samples, width]``, pooled as the file says.
 
         :raises ExecutionError: in llama.cpp's words.
         """
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise ExecutionError(f"{self.path}: llama.cpp takes input_ids")
         ids = batch["input_ids"]
         if ids.ndim != 2:
             raise ExecutionError(f"{self.path}: input_ids are [samples, length], got {list(ids.shape)}")
@@ -64,10 +74,6 @@ class LlamaCpp:
         if self.embedding:
             return {EMBEDDING: self._embeddings(rows)}
         return {LOG_PROBABILITIES: torch.stack([self._sequence(row) for row in rows])}
-
-    def close(self) -> None:
-        """Let go of the model."""
-        del self._server
 
     def _sequence(self, ids: Sequence[int]) -> torch.Tensor:
         first = max(1, len(ids) - POSITIONS + 1)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from monoquant_core.declarations import ExporterDeclaration, RecipeDeclaration, SchemeDeclaration, SourceDeclaration
+from monoquant_core.declarations import (
+    ExporterDeclaration,
+    RecipeDeclaration,
+    RuntimeDeclaration,
+    SchemeDeclaration,
+    SourceDeclaration,
+)
 from monoquant_core.hookspecs import hookimpl
 from monoquant_core.options import option
 from monoquant_gguf import hookspecs
@@ -119,3 +125,17 @@ def monoquant_register_exporters() -> Iterable[ExporterDeclaration]:
 def monoquant_register_sources() -> Iterable[SourceDeclaration]:
     """The reader of finished files."""
     return [SourceDeclaration("gguf", "GGUF v2 and v3 files", "monoquant_gguf.source:GgufReader", suffixes=(".gguf",))]
+
+
+@hookimpl
+def monoquant_register_runtimes() -> Iterable[RuntimeDeclaration]:
+    """What runs the files."""
+    return [
+        RuntimeDeclaration(
+            "llama.cpp",
+            "GGUF files in llama.cpp, through xllamacpp",
+            "monoquant_gguf.runtime:LlamaCppRuntime",
+            formats=("gguf",),
+            distribution="xllamacpp",
+        )
+    ]

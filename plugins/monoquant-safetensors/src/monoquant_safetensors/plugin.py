@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from monoquant_core.declarations import ExporterDeclaration, RecipeDeclaration, SourceDeclaration
+from monoquant_core.declarations import ExporterDeclaration, RecipeDeclaration, RuntimeDeclaration, SourceDeclaration
 from monoquant_core.hookspecs import hookimpl
 from monoquant_core.options import option
 
@@ -57,4 +57,18 @@ def monoquant_register_sources() -> Iterable[SourceDeclaration]:
             "monoquant_safetensors.source:GenericReader",
             suffixes=("/", ".safetensors"),
         ),
+    ]
+
+
+@hookimpl
+def monoquant_register_runtimes() -> Iterable[RuntimeDeclaration]:
+    """What reads the folders."""
+    return [
+        RuntimeDeclaration(
+            "transformers",
+            "compressed-tensors folders in transformers",
+            "monoquant_safetensors.runtime:TransformersRuntime",
+            formats=("safetensors",),
+            distribution="transformers",
+        )
     ]

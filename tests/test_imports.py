@@ -41,6 +41,7 @@ LAYERS: list[set[str]] = [
         "module_runner",
         "quality",
         "statistics",
+        "agreement",
     },
     {
         "exporters",
@@ -57,6 +58,7 @@ LAYERS: list[set[str]] = [
         "workers",
         "engine",
         "calibration",
+        "verification",
     },
     {"api"},
     {"__init__"},
@@ -68,7 +70,19 @@ LEAVES = {"cli", "testing"}
 TORCH_FREE = {
     *("errors", "encoding", "options", "declarations", "hookspecs", "plugins", "rows", "report", "model", "stats"),
     *("probes", "runtimes", "schemes", "kinds", "recipe", "exporters", "planning", "selection", "negotiation"),
-    *("planner", "tasks", "memory", "sources", "api", "runners", "named_code", "graphs", "quality", "statistics"),
+    *(
+        "planner",
+        "tasks",
+        "memory",
+        "sources",
+        "api",
+        "runners",
+        "named_code",
+        "graphs",
+        "quality",
+        "statistics",
+        "agreement",
+    ),
 }
 
 

@@ -181,7 +181,7 @@ def test_a_file_that_does_not_hold_what_it_should_is_out_of_tolerance(
     said = json.loads(done.stdout)
     assert not said["passed"]
     assert said["agreements"][0]["relative_error"] > 1e-7
-    assert command(other, "--against", llama).returncode == 0
+    assert mq.verify(other, llama).passed
 
 
 def test_the_command_shows_a_table(llama: Path, quantized: Path) -> None:
@@ -196,17 +196,14 @@ def test_a_model_of_another_shape_is_refused(quantized: Path, llama: Path, tmp_p
     config = json.loads((llama / "config.json").read_text()) | {"intermediate_size": 128}
     small = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     small.save_pretrained(tmp_path / "small")
-    done = command(quantized, "--against", tmp_path / "small")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "down_proj" in done.stderr.splitlines()[-1]
+    with pytest.raises(ExecutionError, match=r"down_proj\.weight \[128, 256\]: the original has \[128, 128\] there"):
+        mq.verify(quantized, tmp_path / "small")
 
 
 def test_an_original_without_a_model_is_refused(quantized: Path, llama: Path, tmp_path: Path) -> None:
     save_file(load_file(llama / "model.safetensors"), tmp_path / "weights.safetensors")
-    done = command(quantized, "--against", tmp_path / "weights.safetensors")
-    assert done.returncode == 2
-    assert "nothing that says how to run them" in done.stderr
+    with pytest.raises(mq.MonoquantError, match="nothing that says how to run them"):
+        mq.verify(quantized, tmp_path / "weights.safetensors")
 
 
 def test_a_file_that_no_runtime_runs_is_refused(llama: Path, tmp_path: Path) -> None:

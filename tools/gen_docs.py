@@ -42,7 +42,7 @@ else there. Options of schemes and formats are flags too: they are listed on [th
 | exit status | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | `conformance` found a fault |
+| 1 | `conformance` found a fault, or `verify` a difference beyond tolerance |
 | 2 | refused, or a usage error: one `error:` line that names the file and the tensor, and a `hint:` |
 | 3 | a bug in monoquant or in a plugin: a traceback |
 | 130 | Ctrl-C |

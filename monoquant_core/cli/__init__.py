@@ -12,8 +12,8 @@ OK, REFUSED, INTERNAL = 0, 2, 3
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status, the only place that knows them.
 
-    0; 1 when ``conformance`` found a fault; 2 for usage errors and refusals (``error:`` and ``hint:`` on stderr); 3 for
-    a bug (traceback); 130 on Ctrl-C; 143 on SIGTERM; 141 when the reader of stdout went away.
+    0; 1 when ``conformance`` found a fault or ``verify`` a difference; 2 for usage errors and refusals (``error:`` and
+    ``hint:`` on stderr); 3 for a bug (traceback); 130 on Ctrl-C; 143 on SIGTERM; 141 when stdout has no reader.
     """
     try:
         signals.install()

@@ -29,6 +29,7 @@ def register(app: typer.Typer, registry: Registry) -> None:
             float | None,
             typer.Option(
                 "--tolerance",
+                metavar="NUMBER",
                 min=0.0,
                 help="Largest relative error against the file's own values; without it, what the runtime's arithmetic "
                 "explains.",

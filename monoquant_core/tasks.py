@@ -162,9 +162,15 @@ def _group_tasks(steps: Sequence[Step], group: Sequence[int], chunk_elements: in
     own = {i: task_rows(steps[i]) for i in group}
     parts = [n for i, n in own.items() if n < row_count(steps[i].placed.output.shape)]
     common = math.lcm(*parts)
-    if len(group) == 1 or (len(parts) == len(group) and _alike(steps, group)):
-        for rows in task_ranges(steps[group[0]], chunk_elements, common):
-            yield _task(steps, dict.fromkeys(group, rows))
+    first = steps[group[0]]
+    if _alike(steps, group) and (len(group) == 1 or len(parts) == len(group)):  # nearly all: a model has many chunks
+        nbytes, count = first.specs[0].nbytes, max(1, row_count(first.specs[0].shape))
+        for rows in task_ranges(first, chunk_elements, common):
+            yield Task(tuple([(i, rows) for i in group]), _share(nbytes, rows, count))
+        return
+    if len(group) == 1:
+        for rows in task_ranges(first, chunk_elements):
+            yield _task(steps, {group[0]: rows})
         return
     cut = [(i, rows) for i in group for rows in task_ranges(steps[i], chunk_elements, common)]
     found = [_joined(steps, [cut[n] for n in members]) for members in _overlapping(steps, cut).groups()]
@@ -217,12 +223,13 @@ def _joined(steps: Sequence[Step], members: Sequence[tuple[int, range]]) -> Task
 
 def _task(steps: Sequence[Step], rows: dict[int, range]) -> Task:
     reads = {spec.name: (spec, inner) for i, r in rows.items() for spec, inner in pieces(steps[i], r)}
-    return Task(tuple(rows.items()), sum(_read_bytes(*read) for read in reads.values()), len(reads))
+    shares = (_share(spec.nbytes, inner, max(1, row_count(spec.shape))) for spec, inner in reads.values())
+    return Task(tuple(rows.items()), sum(shares), len(reads))
 
 
-def _read_bytes(spec: TensorSpec, rows: range) -> int:
-    count = max(1, row_count(spec.shape))
-    return spec.nbytes * rows.stop // count - spec.nbytes * rows.start // count
+def _share(nbytes: int, rows: range, count: int) -> int:
+    """How many of the bytes of ``count`` rows are those of ``rows``, so that all shares make the whole."""
+    return nbytes * rows.stop // count - nbytes * rows.start // count
 
 
 def _in_order(tasks: Sequence[Task]) -> bool:

@@ -109,7 +109,12 @@ def made_up_batch(runnable: Runnable, samples: int, seed: int = 0) -> dict[str, 
         batch = {"input_ids": ids}
         if "attention_mask" in named:
             batch["attention_mask"] = torch.ones_like(ids)
+        if "token_type_ids" in named and getattr(config, "type_vocab_size", None):
+            batch["token_type_ids"] = torch.zeros_like(ids)
         return batch
+    size, channels = (getattr(config, key, None) for key in ("image_size", "num_channels"))
+    if isinstance(size, int) and isinstance(channels, int) and "pixel_values" in named:
+        return {"pixel_values": torch.randn((samples, channels, size, size), generator=generator)}
     batch = {}
     for given in runnable.inputs:
         if given.shape is None or not given.dtype:

@@ -1,4 +1,4 @@
-"""BatchNorm folded into the layer before it, so that what is quantized is what runs.
+"""Layers as runtimes want them: BatchNorm folded into the layer before it, so that what is quantized is what runs.
 
 ``BN(W x + b) = (f W) x + (f (b - mean) + beta)`` with ``f = gamma / sqrt(variance + epsilon)`` per output channel
 (Jacob et al. 2018, arXiv:1712.05877, section 3.2).
@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from monoquant_onnx.graph import OnnxGraph
 
 
+_EINSUM = re.compile(r"(\w+)(\w),(\w)(\w)->\1(\w)")
+
+
 def fold_batch_norms(graph: OnnxGraph) -> list[str]:
     """Fold every BatchNorm that follows a convolution or a matrix and has no other use of its input between.
 
@@ -29,6 +33,32 @@ def fold_batch_norms(graph: OnnxGraph) -> list[str]:
         return []
     graph.tidy()
     return [f"{graph.name}: {len(folded)} BatchNorm folded into the weights before them"]
+
+
+def einsums_to_matmuls(graph: OnnxGraph) -> None:
+    """``Einsum("btf,fh->bth", x, W)`` and ``"btf,hf->bth"`` are a MatMul with a matrix, which runtimes quantize."""
+    for node in list(graph.model.graph):
+        equation = node.attributes.get("equation")
+        if node.op_type != "Einsum" or not isinstance(equation, ir.Attr) or len(node.inputs) != 2:
+            continue
+        weight = node.inputs[1]
+        data = graph.data.get(weight.name or "") if weight is not None else None
+        found = _EINSUM.fullmatch(equation.as_string().replace(" ", ""))
+        if weight is None or not isinstance(data, MemoryData) or found is None or len(list(weight.uses())) != 1:
+            continue
+        rows, k, first, second, n = found.groups()
+        if {first, second} != {k, n} or k == n or {k, n} & set(rows) or len(set(rows)) != len(rows):
+            continue
+        if first == n:
+            graph.bind(weight.name or "", MemoryData(data.tensor.T))
+        made = ir.node("MatMul", [node.inputs[0], weight], name=node.name, num_outputs=1)
+        made.metadata_props.update(node.metadata_props)
+        made.outputs[0].shape, made.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+        graph.model.graph.insert_before(node, made)
+        name = node.outputs[0].name
+        ir.convenience.replace_all_uses_with(node.outputs[0], made.outputs[0], replace_graph_outputs=True)
+        graph.model.graph.remove(node, safe=True)
+        made.outputs[0].name = name
 
 
 def _fold(graph: OnnxGraph, norm: ir.Node) -> bool:

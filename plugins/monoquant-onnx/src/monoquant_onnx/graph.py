@@ -125,15 +125,23 @@ class OnnxGraph:
 
     def infer_shapes(self) -> None:
         """Fill in types and shapes of values that have none, as far as onnx knows them."""
-        if all(v.shape is not None and v.dtype is not None for v in values(self.model.graph)):
+        unknown = [v for node in self.model.graph for v in node.outputs if v.shape is None or v.type is None]
+        if not unknown:
             return
-        known = {v.name: (v.shape, v.type) for v in values(self.model.graph)}
-        with quiet("onnx_ir"):
-            passes.ShapeInferencePass(check_type=False, strict_mode=False)(self.model)
-        for value in values(self.model.graph):  # what the file says stands
-            shape, kind = known.get(value.name, (None, None))
-            value.shape = shape if shape is not None else value.shape
-            value.type = kind if kind is not None else value.type
+        model = self.model.clone()
+        for name in self.data:  # weights as inputs: their values are not needed
+            value = model.graph.initializers.pop(name)
+            value.const_value = None
+            model.graph.inputs.append(value)
+        try:
+            inferred = onnx.shape_inference.infer_shapes(ir.to_proto(model), data_prop=True)
+        except Exception:  # noqa: BLE001 - it gives up on operators of others in several ways, and the graph runs without
+            return
+        found = {v.name: v for node in ir.from_proto(inferred).graph for v in node.outputs}
+        for value in unknown:
+            if (known := found.get(value.name)) is not None:
+                value.shape = value.shape if value.shape is not None else known.shape
+                value.type = value.type if value.type is not None else known.type
 
 
 def parse(structure: Structure, path: Path) -> OnnxGraph:

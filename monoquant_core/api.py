@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from monoquant_core.errors import ExecutionError, PlanError, PluginError, SourceError
-from monoquant_core.planner import graph_source, make_plan
+from monoquant_core.planner import make_plan, source_for
 from monoquant_core.planning import OnUnsupported, Plan
 from monoquant_core.plugins import Registry, load_registry
 from monoquant_core.recipe import Recipe, Rule, keep_rule, load_recipe, parse_set
@@ -407,17 +407,20 @@ class QuantizedModel:
 
     def _check_choice(self) -> None:
         """Refuse unknown names, options and rules that match nothing; the rest depends on the format."""
-        source = self.source
-        Chooser(self._registry, self._recipe, self._rules, self._scheme, self._options, source.info, source.specs())
+        source, named = self.source, self._recipe.rules or self._rules
+        # Some formats read a source under other names, and rules may take these.
+        other = getattr(source, "checkpoint", lambda: None)() if named else None
+        specs = [*source.specs(), *(other.specs() if other is not None else ())]
+        Chooser(self._registry, self._recipe, self._rules, self._scheme, self._options, source.info, specs)
 
     def _source_for(self, format: str, values: Mapping[str, Any] | None) -> Source:
-        """What a format reads: the source, or the graph that the format makes of it, once."""
+        """What a format reads: the source, or what is made of it for the format, once."""
         if not format:
             return self.source
         declared = self._registry.exporter(format)
         key = f"{declared.name} {sorted((values or {}).items())}"
         if key not in self._graphs:
-            made = graph_source(self.source, declared, values or {}, self._example)
+            made = source_for(self._registry, self.source, declared, values or {}, self._example)
             if made is self.source:
                 return made
             self._graphs[key] = made

@@ -204,7 +204,8 @@ class Exporter(Protocol):
     source itself where its graph is of the format's own kind, else one whose tensors are those of the graph that it
     made of the source. ``example`` is one batch of inputs (a tensor, a tuple or a dict of them), or None.
     An attribute ``recipe: str`` names another default recipe than the declaration's; ``fuses = False`` says that its
-    runtimes do not join the members of a fuse group, so that they may get different schemes.
+    runtimes do not join the members of a fuse group, so that they may get different schemes; ``of_checkpoints = True``
+    that its files are model folders, for which a source with other names is read as ``Source.checkpoint`` has it.
     """
 
     def outputs(self, specs: Sequence[TensorSpec], info: ModelInfo) -> Sequence[Output | Drop]:

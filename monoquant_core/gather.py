@@ -14,7 +14,7 @@ from monoquant_core.exporters import Output
 from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.planning import Step
 from monoquant_core.reencode import lift
-from monoquant_core.rows import all_rows, chunk_shape, row_count, row_length
+from monoquant_core.rows import RowMap, all_rows, chunk_shape, row_count, row_length
 from monoquant_core.scratch import Scratch
 from monoquant_core.tasks import pieces
 from monoquant_core.tensor import ParamValue, QuantizedTensor, dtype_name, same_bits
@@ -165,6 +165,20 @@ def _join_param(label: str, values: Sequence[ParamValue], spec: Param, grid: tup
     if tensors[0].numel() == wanted and all(same_bits(tensors[0].reshape(-1), t.reshape(-1)) for t in tensors):
         return tensors[0].reshape(grid)
     raise EncodingError(f"{label}: the chunks of one tensor disagree on it")
+
+
+def permuted(value: Rows, order: RowMap) -> Rows:
+    """The rows in another order, those of parameters too."""
+    index = torch.tensor(order.order)
+    if isinstance(value, QuantizedTensor):
+        return _permute_quantized(value, index)
+    blocks = value.reshape(-1, len(order.order), row_length(tuple(value.shape)))
+    return blocks.index_select(1, index).view(value.shape)
+
+
+def reshaped(value: QuantizedTensor, shape: tuple[int, ...]) -> QuantizedTensor:
+    """The same rows as a tensor of another rank: a matrix of a stack, or the stack of one matrix."""
+    return _join_quantized([value], lift(value.encoding, len(value.shape), len(shape)), shape)
 
 
 def _permute(values: torch.Tensor, order: tuple[int, ...], scratch: Scratch) -> torch.Tensor:

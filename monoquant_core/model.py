@@ -100,7 +100,12 @@ class ModelInfo:
 
 @runtime_checkable
 class Source(Protocol):
-    """Where tensors come from. ``info`` and ``specs`` read headers only, and import no torch where that is possible."""
+    """Where tensors come from. ``info`` and ``specs`` read headers only, and import no torch where that is possible.
+
+    One more method is optional: ``checkpoint() -> Source | None``, for a file that has other names than the checkpoint
+    it was made of: the same model under those names, with its config.json, for formats that are model folders. Closing
+    either closes both.
+    """
 
     info: ModelInfo
 

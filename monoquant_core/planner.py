@@ -97,17 +97,22 @@ def make_plan(
     return Plan(info, tuple(decisions), tuple(steps), files, name, exporter, unique, chooser.as_recipe())
 
 
-def graph_source(source: Source, declared: ExporterDeclaration, values: Mapping[str, Any], example: Any) -> Source:
-    """The source as a format that needs a graph wants it: itself, or the graph that the format makes of it.
+def source_for(
+    registry: Registry, source: Source, declared: ExporterDeclaration, values: Mapping[str, Any], example: Any
+) -> Source:
+    """The source as a format wants it: itself, the graph that the format makes of it, or the checkpoint that it was.
 
     :param example: one batch of inputs (a tensor, a tuple or a dict of them), where there is one.
-    :raises MonoquantError: when no graph can be made, saying why.
+    :raises MonoquantError: when no graph can be made, or no checkpoint, saying why.
     """
-    if declared.needs != "graph":
-        return source
-    exporter = declared.load()(opts.build(declared.options, values, owner=f"--format {declared.name}"))
-    read: Callable[[Source, Any], Source] | None = getattr(exporter, "read_graph", None)
-    return read(source, example) if read else source
+    exporter = registry.make(declared, opts.build(declared.options, values, owner=f"--format {declared.name}"))
+    if declared.needs == "graph":
+        read: Callable[[Source, Any], Source] | None = getattr(exporter, "read_graph", None)
+        return read(source, example) if read else source
+    view: Callable[[], Source | None] | None = getattr(source, "checkpoint", None)
+    if view is not None and getattr(exporter, "of_checkpoints", False):
+        return view() or source
+    return source
 
 
 def load_exporter(

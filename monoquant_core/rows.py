@@ -156,3 +156,8 @@ class RowMap:
     def quantum(self) -> int:
         """Rows that must be read together."""
         return len(self.order)
+
+    @property
+    def inverse(self) -> RowMap:
+        """The permutation that undoes this one."""
+        return RowMap(tuple(sorted(range(len(self.order)), key=self.order.__getitem__)))

@@ -1,7 +1,7 @@
 """GGUF files as sources: tensors under their own names, quantized ones with their encoding. Imports torch on reading.
 
-Names stay those of the file (``blk.0.attn_q.weight``), and the metadata go into ``ModelInfo.metadata`` as text:
-turning them back into a config.json and the names of a checkpoint would be a guess.
+Names stay those of the file (``blk.0.attn_q.weight``), and the metadata go into ``ModelInfo.metadata`` as text. For
+formats that are model folders, ``checkpoint.py`` turns both back.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from monoquant_gguf.container import Header, LongArray, TensorInfo, read_header
 if TYPE_CHECKING:
     import torch
 
+    from monoquant_core.plugins import Registry
     from monoquant_core.scratch import Scratch
     from monoquant_core.tensor import QuantizedTensor
+    from monoquant_gguf.checkpoint import CheckpointSource
 
 VERSION_KEY = "GGUF.version"  #: in ``ModelInfo.metadata``, beside the file's own keys
 
@@ -45,7 +47,11 @@ class GgufReader:
     """Opens GGUF files."""
 
     def __init__(self, options: NoOptions) -> None:
-        pass
+        self._registry: Registry | None = None
+
+    def use(self, registry: Registry) -> None:
+        """Whose plugins bring architectures."""
+        self._registry = registry
 
     def recognises(self, path: Path) -> bool:
         """A file of that name is opened even without the magic, so that the error says what is wrong with it."""
@@ -53,7 +59,7 @@ class GgufReader:
 
     def open(self, path: Path) -> GgufSource:
         """Read the header."""
-        return GgufSource(path)
+        return GgufSource(path, self._registry)
 
 
 class GgufSource:
@@ -62,7 +68,8 @@ class GgufSource:
     :raises SourceError: naming the file and the tensor or key that is wrong.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, registry: Registry | None = None) -> None:
+        self._registry = registry
         self._reader = FileReader(path)
         try:
             self.header: Header = read_header(self._reader)
@@ -111,6 +118,28 @@ class GgufSource:
         except Mismatch as exc:
             raise SourceError(f"{tensor_at(self.info.name, name)}: {exc.reason}") from exc
         return tensor
+
+    def checkpoint(self) -> CheckpointSource | None:
+        """The same model under the names of its checkpoint, with a config.json, where its architecture is known.
+
+        :raises SourceError: naming the pair or the tensor that a checkpoint has no place for.
+        """
+        from monoquant_gguf.checkpoint import checkpoint
+
+        return checkpoint(self, self._registry)
+
+    def bytes_of(self, info: TensorInfo) -> bytes:
+        """A whole tensor as it is stored."""
+        return self._reader.read(info.offset, info.nbytes, tensor_at("", info.name).removeprefix(": "))
+
+    def vector(self, name: str) -> list[float]:
+        """A vector of float32.
+
+        :raises SourceError: when it is not that.
+        """
+        from monoquant_gguf.checkpoint import read_vector
+
+        return read_vector(self, name)
 
     def close(self) -> None:
         """Close the file."""

@@ -19,6 +19,7 @@ class SafetensorsExporter(GenericExporter):
     def __init__(self, options: SafetensorsOptions) -> None:
         super().__init__(parse_size(options.max_shard_size, owner="--max-shard-size"))
         self._convention = options.convention
+        self.of_checkpoints = options.convention != "generic"
 
     def resolve(self, specs: Sequence[TensorSpec], info: ModelInfo) -> CompressedTensorsExporter | GenericExporter:
         """The convention for this model.

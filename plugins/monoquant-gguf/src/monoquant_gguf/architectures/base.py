@@ -8,15 +8,16 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from monoquant_core.errors import PlanError
+from monoquant_core.errors import PlanError, SourceError
 from monoquant_core.exporters import Drop, Output, Transform
 from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.rows import RowMap
+from monoquant_gguf.architectures.keys import Keys
 from monoquant_gguf.metadata import Metadata
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ class Change:
     transform: Transform | None = None
     shape: tuple[int, ...] | None = None  #: afterwards, if it differs
     dtype: str = ""  #: afterwards, if it is fixed
+    undo: Callable[[torch.Tensor], torch.Tensor] | None = None  #: back to the checkpoint's values, of all rows at once
 
 
 class Architecture:
@@ -153,6 +155,8 @@ class Architecture:
     dropped: ClassVar[Mapping[str, str]] = {}  #: pattern of the checkpoint's name -> reason
     tokenizer: ClassVar[str] = "text"  #: "text" or "bert"
     rotary: ClassVar[bool] = True
+    restored: ClassVar[str] = ""  #: class of transformers that loads a folder made of a GGUF file; "" for none
+    root: ClassVar[str] = "model."  #: before the names of that class, but for heads
 
     def check(self, model: Model) -> None:
         """Refuse what llama.cpp would compute otherwise.
@@ -171,6 +175,17 @@ class Architecture:
     def hyperparameters(self, model: Model, out: Metadata) -> None:
         """The ``{name}.*`` pairs."""
         common(self.name, model, out, rotary=self.rotary)
+
+    def is_of(self, keys: Keys) -> bool:
+        """Whether a GGUF file of llama.cpp's architecture of this name is one of these."""
+        return True
+
+    def config(self, keys: Keys) -> dict[str, Any]:
+        """config.json of a GGUF file: what :meth:`hyperparameters` was made of.
+
+        :raises SourceError: naming a pair that is missing, or that config.json cannot say.
+        """
+        return common_config(keys, rotary=self.rotary)
 
     def notes(self, model: Model) -> Sequence[str]:
         """What gets lost."""
@@ -236,9 +251,23 @@ class Architecture:
             return f"{found.format(*numbers)}.{leaf}"
         return None
 
+    def original(self, target: str) -> str | None:
+        """The checkpoint's name of llama.cpp's tensor, with ``{}`` for the expert where it is a stack."""
+        stem, _, leaf = target.rpartition(".")
+        numbers = _NUMBER.findall(f".{stem}.")
+        found = self._reversed.get(_NUMBER.sub("{}", f".{stem}.")[1:-1])
+        if found is None or leaf not in ("weight", "bias"):
+            return None
+        experts = ["{}"] * (found.count("{}") - len(numbers))
+        return f"{'' if found == 'lm_head' else self.root}{found.format(*numbers, *experts)}.{leaf}"
+
     @functools.cached_property
     def _table(self) -> Mapping[str, str]:
         return dict(self.names)
+
+    @functools.cached_property
+    def _reversed(self) -> Mapping[str, str]:
+        return {target: source for source, target in self.names.items()}
 
     def _output(self, target: str, spec: TensorSpec, model: Model, dtype: str) -> Output:
         change = self.change(target, spec, model)
@@ -281,6 +310,44 @@ def common(arch: str, model: Model, out: Metadata, *, rotary: bool = True) -> No
         rope_pairs(arch, model, out, model.rope("full_attention"))
 
 
+def common_config(keys: Keys, *, rotary: bool = True) -> dict[str, Any]:
+    """Inverse of :func:`common`."""
+    config: dict[str, Any] = {
+        "num_hidden_layers": keys.count("block_count"),
+        "max_position_embeddings": keys.count("context_length"),
+        "hidden_size": keys.count("embedding_length"),
+        "intermediate_size": keys.count("feed_forward_length"),
+        "num_attention_heads": keys.count("attention.head_count"),
+    }
+    if keys.get("attention.head_count_kv") is not None:
+        config["num_key_value_heads"] = keys.count("attention.head_count_kv")
+    for key, name in (("rms_", "rms_norm_eps"), ("", "layer_norm_eps")):
+        if (eps := keys.optional(f"attention.layer_norm_{key}epsilon")) is not None:
+            config[name] = eps
+    if keys.get("attention.key_length") is not None:
+        config["head_dim"] = keys.count("attention.key_length")
+        if keys.count("attention.value_length", config["head_dim"]) != config["head_dim"]:
+            raise SourceError(f"{keys.path}: heads of keys and of values differ, which config.json cannot say")
+    return config | (rope_config(keys) if rotary else {})
+
+
+def rope_config(keys: Keys) -> dict[str, Any]:
+    """Inverse of :func:`rope_pairs`.
+
+    :raises SourceError: for a scaling that transformers has no name for.
+    """
+    config: dict[str, Any] = {"rope_theta": keys.number("rope.freq_base", 10000.0)}
+    kind = keys.get("rope.scaling.type", "none")
+    if kind == "none":
+        return config
+    if kind not in ("linear", "yarn"):
+        raise SourceError(f"{keys.path}: rope scaling {kind!r}, which config.json is not made again with")
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": keys.number("rope.scaling.factor")}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = keys.count("rope.scaling.original_context_length")
+    return config | {"rope_scaling": scaling}
+
+
 def rope_pairs(arch: str, model: Model, out: Metadata, rope: Mapping[str, Any]) -> None:
     """Base frequency and scaling of rope.
 
@@ -316,13 +383,14 @@ def only(model: Model, arch: str, key: str, *allowed: Any) -> None:
 def plus_one() -> Change:
     """Norms that a model multiplies by ``1 + weight``."""
     reason = "+1: llama.cpp expects the offset applied"
-    return Change(reason, transform=Transform(_add_one, "rows", reason), dtype="float32")
+    return Change(reason, transform=Transform(_add_one, "rows", reason), dtype="float32", undo=_subtract_one)
 
 
 def transposed(spec: TensorSpec) -> Change:
     """A Conv1D of GPT-2, which stores ``[in, out]``."""
     reason = "transposed: llama.cpp stores [out, in]"
-    return Change(reason, transform=Transform(_transpose, "tensor", reason), shape=(spec.shape[1], spec.shape[0]))
+    shape = (spec.shape[1], spec.shape[0])
+    return Change(reason, transform=Transform(_transpose, "tensor", reason), shape=shape)
 
 
 def interleaved(spec: TensorSpec, head_dim: int) -> Change:
@@ -333,9 +401,9 @@ def interleaved(spec: TensorSpec, head_dim: int) -> Change:
     order = tuple(k * half + j for j in range(half) for k in range(2))
     reason = "rows of each head permuted: llama.cpp rotates neighbours, transformers halves"
     if len(spec.shape) < 2:
-        return Change(
-            reason, transform=Transform(functools.partial(_reorder, order), "tensor", reason), dtype="float32"
-        )
+        transform = Transform(lambda inputs: _reorder(order, inputs[0]), "tensor", reason)
+        undo = functools.partial(_reorder, RowMap(order).inverse.order)
+        return Change(reason, transform=transform, dtype="float32", undo=undo)
     return Change(reason, rows=RowMap(order))
 
 
@@ -363,10 +431,14 @@ def _transpose(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     return inputs[0].t().contiguous()
 
 
-def _reorder(order: tuple[int, ...], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+def _subtract_one(values: torch.Tensor) -> torch.Tensor:
+    return values - 1
+
+
+def _reorder(order: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
     import torch
 
-    return inputs[0].float().view(-1, len(order)).index_select(1, torch.tensor(order)).reshape(-1)
+    return values.float().view(-1, len(order)).index_select(1, torch.tensor(order)).reshape(-1)
 
 
 def _constant(values: tuple[float, ...], inputs: Sequence[torch.Tensor]) -> torch.Tensor:

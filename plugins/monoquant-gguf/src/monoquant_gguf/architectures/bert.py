@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from monoquant_core.containers.entries import parse_json
 from monoquant_core.containers.reader import FileReader
 from monoquant_core.errors import PlanError, SourceError
-from monoquant_gguf.architectures.base import Architecture, Model, common, for_layers, only
+from monoquant_gguf.architectures.base import Architecture, Model, common, common_config, for_layers, only
+from monoquant_gguf.architectures.keys import Keys
 from monoquant_gguf.metadata import Metadata
 
 MEAN, CLS, LAST = 1, 2, 3  #: llama.cpp's pooling types
@@ -24,6 +25,8 @@ class Bert(Architecture):
     name = "bert"
     model_types: ClassVar[tuple[str, ...]] = ("bert",)
     prefixes = ("bert.",)
+    restored = "BertModel"
+    root = ""
     tokenizer = "bert"
     rotary = False
     names: ClassVar[Mapping[str, str]] = {
@@ -57,6 +60,17 @@ class Bert(Architecture):
         """Old checkpoints say gamma and beta."""
         stem, _, leaf = name.rpartition(".")
         return super().target(f"{stem}.{ {'gamma': 'weight', 'beta': 'bias'}.get(leaf, leaf) }")
+
+    def config(self, keys: Keys) -> dict[str, Any]:
+        """Of the encoder; how it pools is not said in config.json."""
+        keys.get("attention.causal")
+        keys.get("pooling_type")
+        types = keys.shapes.get("token_types.weight", (2,))[0]
+        return common_config(keys, rotary=False) | {
+            "hidden_act": "gelu",
+            "position_embedding_type": "absolute",
+            "type_vocab_size": types,
+        }
 
     def check(self, model: Model) -> None:
         """llama.cpp's bert has absolute positions and the exact gelu."""

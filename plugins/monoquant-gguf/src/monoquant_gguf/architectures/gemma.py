@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from monoquant_core.errors import PlanError
 from monoquant_core.model import TensorSpec
 from monoquant_gguf.architectures.base import Architecture, Change, Model, common, for_layers, plus_one
-from monoquant_gguf.architectures.llama import DECODER, ROTARY_BUFFERS
+from monoquant_gguf.architectures.keys import Keys
+from monoquant_gguf.architectures.llama import DECODER, ROTARY_BUFFERS, decoder_config
 from monoquant_gguf.metadata import Metadata
 
 _NORMS = dict(
@@ -26,10 +27,24 @@ class Gemma2(Architecture):
     """Gemma 2."""
 
     name = "gemma2"
+    restored = "Gemma2ForCausalLM"
     model_types: ClassVar[tuple[str, ...]] = ("gemma2",)
     names: ClassVar[Mapping[str, str]] = {**DECODER, **_NORMS}
     dropped: ClassVar[Mapping[str, str]] = ROTARY_BUFFERS
     layers_of_27b = 46  #: llama.cpp tells the size by the number of layers
+
+    def config(self, keys: Keys) -> dict[str, Any]:
+        """Those of every decoder, soft caps and the sliding window."""
+        config = decoder_config(keys)
+        large = config["num_hidden_layers"] == self.layers_of_27b
+        scalar = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
+        return config | {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": scalar,
+            "attn_logit_softcapping": keys.optional("attn_logit_softcapping"),
+            "final_logit_softcapping": keys.optional("final_logit_softcapping"),
+            "sliding_window": keys.count("attention.sliding_window"),
+        }
 
     def check(self, model: Model) -> None:
         """llama.cpp knows the scale of attention from the size of the model."""
@@ -65,6 +80,7 @@ class Gemma3(Gemma2):
     """Gemma 3, text only."""
 
     name = "gemma3"
+    restored = "Gemma3ForCausalLM"
     model_types: ClassVar[tuple[str, ...]] = ("gemma3_text",)
     names: ClassVar[Mapping[str, str]] = {
         **DECODER,
@@ -72,6 +88,10 @@ class Gemma3(Gemma2):
         **dict(for_layers({"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"})),
     }
     layers_of_27b = 62
+
+    def config(self, keys: Keys) -> dict[str, Any]:
+        """Gemma 2's, and the rope of sliding layers."""
+        return super().config(keys) | {"rope_local_base_freq": keys.number("rope.freq_base_swa", 10000.0)}
 
     def check(self, model: Model) -> None:
         """Every sixth layer has full attention, the others a rope of their own."""

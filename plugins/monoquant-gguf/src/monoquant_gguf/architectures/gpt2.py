@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from monoquant_core.model import TensorSpec
-from monoquant_gguf.architectures.base import Architecture, Change, Model, for_layers, only, transposed
+from monoquant_gguf.architectures.base import (
+    Architecture,
+    Change,
+    Model,
+    common_config,
+    for_layers,
+    only,
+    transposed,
+)
+from monoquant_gguf.architectures.keys import Keys
 
 _CONV1D = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
 
@@ -17,6 +26,8 @@ class Gpt2(Architecture):
     name = "gpt2"
     model_types: ClassVar[tuple[str, ...]] = ("gpt2",)
     prefixes = ("transformer.",)
+    restored = "GPT2LMHeadModel"
+    root = "transformer."
     rotary = False
     names: ClassVar[Mapping[str, str]] = {
         "wte": "token_embd",
@@ -38,6 +49,20 @@ class Gpt2(Architecture):
         ),
     }
     dropped: ClassVar[Mapping[str, str]] = {r"\.attn\.(bias|masked_bias)$": "the causal mask"}
+
+    def config(self, keys: Keys) -> dict[str, Any]:
+        """The same numbers by GPT-2's names."""
+        config = common_config(keys, rotary=False)
+        return {
+            "n_layer": config["num_hidden_layers"],
+            "n_positions": config["max_position_embeddings"],
+            "n_ctx": config["max_position_embeddings"],
+            "n_embd": config["hidden_size"],
+            "n_inner": config["intermediate_size"],
+            "n_head": config["num_attention_heads"],
+            "layer_norm_epsilon": config.get("layer_norm_eps", 1e-5),
+            "activation_function": "gelu_new",
+        }
 
     def check(self, model: Model) -> None:
         """llama.cpp has the activation that GPT-2 was trained with."""

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
-from monoquant_core.errors import PlanError
+from monoquant_core.errors import PlanError, SourceError
 from monoquant_core.exporters import Output
-from monoquant_core.model import TensorSpec
+from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_gguf.architectures.base import (
     Architecture,
     Change,
     Model,
     common,
+    common_config,
     computed,
     for_layers,
     interleaved,
     only,
 )
+from monoquant_gguf.architectures.keys import Keys, shortest
 from monoquant_gguf.metadata import Metadata
 
 #: what nearly every decoder of transformers calls its tensors
@@ -51,8 +53,28 @@ class Llama(Architecture):
 
     name = "llama"
     model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral")
+    restored = "LlamaForCausalLM"
     names: ClassVar[Mapping[str, str]] = DECODER
     dropped: ClassVar[Mapping[str, str]] = ROTARY_BUFFERS
+
+    def is_of(self, keys: Keys) -> bool:
+        """Those without experts."""
+        return not keys.get("expert_count")
+
+    def config(self, keys: Keys) -> dict[str, Any]:
+        """That of Llama, whichever of them it was."""
+        config = decoder_config(keys) | {"hidden_act": "silu"}
+        config["attention_bias"], config["mlp_bias"] = (
+            keys.has(f"blk.0.{name}.bias") for name in ("attn_output", "ffn_down")
+        )
+        rotated = keys.count("rope.dimension_count", config["head_dim"])
+        if rotated != config["head_dim"]:
+            raise SourceError(
+                f"{keys.path}: llama.rope.dimension_count {rotated}; transformers' llama turns whole heads"
+            )
+        if keys.has("rope_freqs.weight"):
+            config["rope_scaling"] = llama3_scaling(keys, config)
+        return config
 
     def check(self, model: Model) -> None:
         """Rope that turns only a part of a head is permuted differently."""
@@ -91,6 +113,8 @@ class Llama(Architecture):
 class Mixtral(Llama):
     """Mixtral: Llama with a mixture of experts."""
 
+    restored = "MixtralForCausalLM"
+
     model_types: ClassVar[tuple[str, ...]] = ("mixtral",)
     names: ClassVar[Mapping[str, str]] = {
         **DECODER,
@@ -106,11 +130,76 @@ class Mixtral(Llama):
         ),
     }
 
+    def is_of(self, keys: Keys) -> bool:
+        """Those with experts."""
+        return bool(keys.get("expert_count"))
+
+    def config(self, keys: Keys) -> dict[str, Any]:
+        """Llama's, and the experts."""
+        experts = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+        return (
+            super().config(keys) | {name: keys.count(key) for name, key in experts.items()} | {"sliding_window": None}
+        )
+
     def hyperparameters(self, model: Model, out: Metadata) -> None:
         """Llama's, and the experts."""
         super().hyperparameters(model, out)
         out.u32("llama.expert_count", model.count("num_local_experts"))
         out.u32("llama.expert_used_count", model.count("num_experts_per_tok"))
+
+
+def decoder_config(keys: Keys) -> dict[str, Any]:
+    """What decoders share, with all that transformers would otherwise have another default for."""
+    config = common_config(keys)
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    return config
+
+
+def llama3_scaling(keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What Llama 3.1's factors of rope were computed from: the first of several guesses that gives the same factors.
+
+    :raises SourceError: for factors that are of another kind.
+    """
+    found = [float(f) for f in keys.vector("rope_freqs.weight")]
+    factor = max(found, default=1.0)
+    for high, context in _bounds(found, factor, config["rope_theta"], config["head_dim"]):
+        scaling = {
+            "rope_type": "llama3",
+            "factor": shortest(factor),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": context,
+        }
+        made = Model(ModelInfo(keys.path, config={**config, "rope_scaling": scaling}), {})
+        if _alike(llama3_factors(made), found):
+            return scaling
+    raise SourceError(
+        f"{keys.path}: rope_freqs.weight is no llama3 scaling of rope, which is all that config.json can say"
+    )
+
+
+def _bounds(factors: Sequence[float], factor: float, base: float, width: int) -> Iterator[tuple[float, int]]:
+    """Guesses at the higher bound and the trained context; the lower bound is 1 in every Llama, the higher one 4.
+
+    Between the bounds, a factor's reciprocal goes linearly with its frequency: two of them give both numbers, and one
+    the context alone. Without any, contexts are powers of two.
+    """
+    between = [(i, (1 / f - 1 / factor) / (1 - 1 / factor)) for i, f in enumerate(factors) if 1 < f < factor]
+    points = [(1 / (2 * math.pi * base ** (2 * i / width)), smooth) for i, smooth in between]
+    for x, y in points[:1]:
+        yield 4.0, max(1, round((3 * y + 1) / x))
+    if len(points) > 1 and points[0][0] != points[-1][0]:
+        (x1, y1), (x2, y2) = points[0], points[-1]
+        slope = (y2 - y1) / (x2 - x1)
+        below = slope * x1 - y1
+        if below > 0 and slope > 0:
+            yield round(1 + 1 / below, 3), max(1, round(slope / below))
+    yield from ((4.0, 1 << k) for k in range(5, 21))
+
+
+def _alike(a: Sequence[float], b: Sequence[float]) -> bool:
+    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-6) for x, y in zip(a, b, strict=True))
 
 
 def llama3_factors(model: Model) -> list[float]:

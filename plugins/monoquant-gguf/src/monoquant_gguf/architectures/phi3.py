@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from monoquant_core.errors import PlanError
 from monoquant_core.exporters import Output
 from monoquant_gguf.architectures.base import Architecture, Model, common, computed, for_layers, only
-from monoquant_gguf.architectures.llama import DECODER, ROTARY_BUFFERS
+from monoquant_gguf.architectures.keys import Keys, shortest
+from monoquant_gguf.architectures.llama import DECODER, ROTARY_BUFFERS, decoder_config
 from monoquant_gguf.metadata import Metadata
 
 
@@ -17,12 +18,34 @@ class Phi3(Architecture):
     """Phi-3 with its joined q, k, v and its joined gate and up."""
 
     name = "phi3"
+    restored = "Phi3ForCausalLM"
     model_types: ClassVar[tuple[str, ...]] = ("phi3",)
     names: ClassVar[Mapping[str, str]] = {
         **DECODER,
         **dict(for_layers({"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"})),
     }
     dropped: ClassVar[Mapping[str, str]] = ROTARY_BUFFERS
+
+    def config(self, keys: Keys) -> dict[str, Any]:
+        """Those of every decoder, the rotated part of a head, and long rope's factors."""
+        config = decoder_config(keys) | {"hidden_act": "silu", "sliding_window": None}
+        width = config.pop("head_dim")
+        config["partial_rotary_factor"] = keys.count("rope.dimension_count", width) / width
+        config["original_max_position_embeddings"] = keys.count(
+            "rope.scaling.original_context_length", config["max_position_embeddings"]
+        )
+        if keys.get("attention.sliding_window"):
+            config["sliding_window"] = keys.count("attention.sliding_window")
+        if keys.has("rope_factors_long.weight"):
+            factors = {
+                f"{key}_factor": [shortest(f) for f in keys.vector(f"rope_factors_{key}.weight")]
+                for key in ("long", "short")
+            }
+            attention = keys.optional("rope.scaling.attn_factor")
+            config["rope_scaling"] = {"rope_type": "longrope", **factors} | (
+                {} if attention is None else {"attention_factor": attention}
+            )
+        return config
 
     def check(self, model: Model) -> None:
         """llama.cpp has one activation."""

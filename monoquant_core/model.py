@@ -90,6 +90,7 @@ class ModelInfo:
     graph: Any = None  #: nn.Module, ExportedProgram or ONNX model, where there is one
     metadata: Mapping[str, str] = field(default_factory=dict)  #: of the container, such as safetensors' __metadata__
     notes: tuple[str, ...] = ()  #: what the reader wants said: "legacy .pt: read whole"
+    made_files: Mapping[str, bytes] = field(default_factory=dict)  #: like side_files, made by the source
 
     @property
     def model_type(self) -> str | None:

@@ -9,7 +9,7 @@ from monoquant_core.encoding import Encoding
 from monoquant_core.errors import PlanError, UnsupportedEncodingError
 from monoquant_core.exporters import Drop, Exporter, Holds, Output, Placed, Refuses, Repacks, Verdict
 from monoquant_core.model import ModelInfo, TensorSpec
-from monoquant_core.planning import Action, Decision, OnUnsupported, Step, listing
+from monoquant_core.planning import Action, Decision, OnUnsupported, Step, alike, listing
 from monoquant_core.schemes import Proposal, Quantizer, Refusal
 from monoquant_core.selection import Chooser
 
@@ -43,12 +43,12 @@ class Placer:
             hints = list(dict.fromkeys(h for _, _, h in self.refused if h))
             if self.from_finished_file and self.on_unsupported == "error":
                 hints.append("--on-unsupported dequantize stores them as floats, requantize with --scheme anew")
-            elif not hints:
+            elif not self.from_finished_file:
                 hints.append(f"leave them as they are: --keep '{self.refused[0][0]}'")
             raise UnsupportedEncodingError(
                 listing(
-                    f"{self.info.name}: {name} cannot hold {{count}} of {len(self.decisions)} tensors",
-                    [f"{n}: {reason}" for n, reason, _ in self.refused],
+                    f"{self.info.name}: {name} cannot hold {len(self.refused)} of {len(self.decisions)} tensors",
+                    alike([(n, f": {reason}") for n, reason, _ in self.refused]),
                 ),
                 hint="; ".join(hints),
             )

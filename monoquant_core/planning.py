@@ -160,6 +160,14 @@ def _ranges(numbers: Sequence[int]) -> str:
     return text if len(numbers) == 1 else f"{{{text}}}"
 
 
+def alike(lines: Sequence[tuple[str, str]]) -> list[str]:
+    """Names and what is said of them, as lines: names that differ only in a number share one."""
+    said: dict[str, list[str]] = {}
+    for name, text in lines:
+        said.setdefault(text, []).append(name)
+    return [f"{name}{text}" for text, names in said.items() for name in collapsed(names)]
+
+
 def listing(title: str, lines: Sequence[str]) -> str:
     """A title, in which ``{count}`` is how many there are, and one line per tensor; long lists are cut and say so."""
     title = title.replace("{count}", str(len(lines)))

@@ -10,7 +10,7 @@ from monoquant_core import options as opts
 from monoquant_core.declarations import SchemeDeclaration
 from monoquant_core.errors import PlanError, RecipeError, UnknownNameError
 from monoquant_core.model import ModelInfo, TensorSpec
-from monoquant_core.planning import Action, Decision, collapsed, listing
+from monoquant_core.planning import Action, Decision, alike, listing
 from monoquant_core.plugins import Registry
 from monoquant_core.probes import ProbeResult
 from monoquant_core.recipe import (
@@ -125,10 +125,7 @@ class Chooser:
         """
         if not self.refused:
             return
-        alike: dict[str, list[str]] = {}
-        for spec, label, refusal in self.refused:
-            alike.setdefault(f"{list(spec.shape)}: {label}: {refusal.reason}", []).append(spec.name)
-        lines = [f"{name} {what}" for what, members in alike.items() for name in collapsed(members)]
+        lines = alike([(s.name, f" {list(s.shape)}: {label}: {r.reason}") for s, label, r in self.refused])
         hints = dict.fromkeys(refusal.hint for _, _, refusal in self.refused if refusal.hint)
         names = " ".join(f"--keep '{s.name}'" for s, _, _ in self.refused[:3])
         more = " ..." if len(self.refused) > 3 else ""

@@ -24,6 +24,7 @@ from monoquant_core.reencode import lift
 from monoquant_gguf.architectures import of_plugins
 from monoquant_gguf.architectures.base import Architecture, Change, Model
 from monoquant_gguf.architectures.keys import Keys
+from monoquant_gguf.tokenizers.restore import Stored, Unrestorable, restore
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +66,14 @@ class CheckpointSource:
             **_vocabulary(source, keys),
             "torch_dtype": _dtype(source.specs()),
         }
+        notes = list(_notes(source, keys))
+        try:
+            files = restore(Stored(source.info.name, source.header.metadata, source.array))
+        except Unrestorable as exc:
+            files = {}
+            notes.append(f"no tokenizer is written: {exc} is not made again; take the original model's files")
         self.info = ModelInfo(
-            source.info.name, config=config, paths=source.info.paths, notes=tuple(_notes(source, keys))
+            source.info.name, config=config, made_files=files, paths=source.info.paths, notes=tuple(notes)
         )
         model = Model(self.info, {})
         self._places: dict[str, Place] = {}
@@ -207,6 +214,8 @@ def _dtype(specs: Sequence[TensorSpec]) -> str:
 
 def _notes(source: GgufSource, keys: Keys) -> Iterator[str]:
     yield "config.json is made of the file's metadata: what GGUF does not hold has transformers' defaults"
+    if source.header.metadata.get("tokenizer.ggml.model") in ("gpt2", "llama", "bert"):
+        yield "the tokenizer is made of the file's tokens: normalization that llama.cpp does not do is not in it"
     computed = [spec.name for spec in source.specs() if _COMPUTED.search(spec.name)]
     if computed:
         yield f"{', '.join(computed)} became rope_scaling of config.json"

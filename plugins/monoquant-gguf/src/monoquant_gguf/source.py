@@ -18,7 +18,7 @@ from monoquant_core.containers.reader import FileReader
 from monoquant_core.declarations import NoOptions
 from monoquant_core.errors import SourceError
 from monoquant_core.model import ModelInfo, TensorSpec
-from monoquant_gguf.container import Header, LongArray, TensorInfo, read_header
+from monoquant_gguf.container import Header, LongArray, TensorInfo, read_array, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +127,11 @@ class GgufSource:
         from monoquant_gguf.checkpoint import checkpoint
 
         return checkpoint(self, self._registry)
+
+    def array(self, key: str) -> list[Any]:
+        """An array of the metadata, [] where there is none."""
+        value = self.header.metadata.get(key, [])
+        return read_array(self._reader, value) if isinstance(value, list | LongArray) else []
 
     def bytes_of(self, info: TensorInfo) -> bytes:
         """A whole tensor as it is stored."""

@@ -101,19 +101,19 @@ class CompressedTensorsExporter:
             return Holds(out.dtype, None) if out.dtype in HELD_DTYPES else unsupported_dtype(out.dtype)
         reason = self._not_linear(out)
         if reason:
-            return _refuse(out, reason)
+            return _refuse(reason)
         encoding, activation = proposal.encoding, proposal.activation
         try:
             weights = ct.weights_of(encoding, out.shape, activation)
         except ct.ArgumentError as exc:
-            return _refuse(out, f"compressed-tensors does not hold {encoding}: {exc}")
+            return _refuse(f"compressed-tensors does not hold {encoding}: {exc}")
         if activation is not None:
             try:
                 ct.activation_args(activation, weights)
             except ct.ArgumentError as exc:
                 instead = Proposal(encoding, needs=proposal.needs)
                 offered = None if isinstance(self.verdict(out, instead), Refuses) else instead
-                return dataclasses.replace(_refuse(out, f"compressed-tensors: {exc}"), instead=offered)
+                return dataclasses.replace(_refuse(f"compressed-tensors: {exc}"), instead=offered)
         wanted = encoding
         if isinstance(encoding.scale, str) and encoding.scale != out.dtype and out.dtype in FLOAT_BITS:
             # Consumers multiply in the scale's dtype and create it in the model's.
@@ -258,8 +258,8 @@ def _schemes(layout: FileLayout) -> dict[str, Scheme]:
     return schemes
 
 
-def _refuse(out: Output, reason: str) -> Refuses:
-    return Refuses(reason, hint=f"--convention generic holds it; or leave it as it is: --keep '{out.name}'")
+def _refuse(reason: str) -> Refuses:
+    return Refuses(reason, hint="--convention generic holds it")
 
 
 def _notes(weights: ct.Weights, out: Output) -> tuple[str, ...]:

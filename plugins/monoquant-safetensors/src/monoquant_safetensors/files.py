@@ -65,8 +65,8 @@ def json_file(path: str, content: Mapping[str, Any]) -> FilePlan:
 
 
 def side_files(info: ModelInfo) -> list[FilePlan]:
-    """Copies of what lies beside the tensors of the source: tokenizer, generation config, chat template."""
-    return [
+    """What lies beside the tensors of the source: tokenizer, generation config, chat template."""
+    return [FilePlan(name, content) for name, content in info.made_files.items()] + [
         FilePlan(name, copy_of=path, copy_nbytes=path.stat().st_size)
         for name, path in info.side_files.items()
         if name != CONFIG

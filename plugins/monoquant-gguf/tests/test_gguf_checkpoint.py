@@ -313,6 +313,7 @@ def test_what_a_checkpoint_cannot_say_is_refused_in_one_line(
     with pytest.raises(SourceError, match=message) as caught:
         mq.export(path, tmp_path / "back")
     assert str(path) in str(caught.value)
+    assert "--convention generic" in caught.value.hint
     assert not (tmp_path / "back").exists()
     mq.export(path, tmp_path / "back.safetensors", format_options={"convention": "generic"})
 

@@ -158,8 +158,7 @@ def _original(
     name = architecture.original(stored.name)
     if name is None:
         raise SourceError(
-            f"{tensor_at(model.info.name, stored.name)}: no place in transformers' {architecture.restored}",
-            hint="--convention generic keeps llama.cpp's names",
+            f"{tensor_at(model.info.name, stored.name)}: no place in transformers' {architecture.restored}"
         )
     if stored.encoding is not None:
         stored = dataclasses.replace(stored, dtype=dtype)

@@ -126,7 +126,10 @@ class GgufSource:
         """
         from monoquant_gguf.checkpoint import checkpoint
 
-        return checkpoint(self, self._registry)
+        try:
+            return checkpoint(self, self._registry)
+        except SourceError as exc:
+            raise SourceError(str(exc), hint=exc.hint or "--convention generic keeps llama.cpp's names") from exc
 
     def array(self, key: str) -> list[Any]:
         """An array of the metadata, [] where there is none."""

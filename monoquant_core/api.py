@@ -407,10 +407,12 @@ class QuantizedModel:
 
     def _check_choice(self) -> None:
         """Refuse unknown names, options and rules that match nothing; the rest depends on the format."""
-        source, named = self.source, self._recipe.rules or self._rules
-        # Some formats read a source under other names, and rules may take these.
-        other = getattr(source, "checkpoint", lambda: None)() if named else None
-        specs = [*source.specs(), *(other.specs() if other is not None else ())]
+        source, specs = self.source, list(self.source.specs())
+        if (self._recipe.rules or self._rules) and (view := getattr(source, "checkpoint", None)) is not None:
+            # Some formats read a source under other names, and rules may take these.
+            with contextlib.suppress(SourceError):
+                other = view()
+                specs += other.specs() if other is not None else ()
         Chooser(self._registry, self._recipe, self._rules, self._scheme, self._options, source.info, specs)
 
     def _source_for(self, format: str, values: Mapping[str, Any] | None) -> Source:

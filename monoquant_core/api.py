@@ -206,6 +206,20 @@ def save_all(
     :return: a report for each; time and memory in it are those of the whole run.
     :raises MonoquantError: naming the file and the tensor.
     """
+    outputs = plan_all(targets)
+    from monoquant_core.engine import RunOptions, write_all  # not before the plans: refusals need not wait for torch
+
+    first = targets[0]
+    source = first.model._source_for(outputs[0][0].format, first.format_options)
+    options = RunOptions(threads=threads, device=device, force=force, nonfinite=nonfinite)
+    return write_all(outputs, source, options, stats=first.model._stats, progress=progress)
+
+
+def plan_all(targets: Sequence[Target]) -> list[tuple[Plan, Path]]:
+    """What :func:`save_all` would write, and where to.
+
+    :raises MonoquantError: for everything that is known to fail; of several outputs, naming the one concerned.
+    """
     if not targets:
         raise PlanError("no outputs to write")
     outputs, sources = [], []
@@ -213,25 +227,25 @@ def save_all(
         model, registry = target.model, target.model._registry
         format = target.format or format_for(target.path, registry)
         path = destination_for(target.path, format, registry)
-        plan = model.plan(
-            format,
-            format_options=target.format_options,
-            destination=path.name,
-            on_unsupported=target.on_unsupported,
-        )
+        options, how = target.format_options, target.on_unsupported
+        try:
+            plan = model.plan(format, format_options=options, destination=path.name, on_unsupported=how)
+        except PlanError as exc:
+            if len(targets) == 1:
+                raise
+            raise type(exc)(f"{path}: {exc}", hint=exc.hint) from exc
         outputs.append((plan, path))
-        sources.append(model._source_for(format, target.format_options))
-    source, stats = sources[0], targets[0].model._stats
-    for (plan, path), other, target in zip(outputs, sources, targets, strict=True):
-        if other is not source or target.model._stats is not stats:
+        sources.append((model._source_for(format, options), model._stats))
+    for (plan, path), (source, stats) in zip(outputs, sources, strict=True):
+        if source is not sources[0][0] or stats is not sources[0][1]:
             raise PlanError(
                 f"{path}: {plan.format} reads another source than {outputs[0][1]}, so one pass cannot write both",
                 hint="write it in a run of its own",
             )
-    from monoquant_core.engine import RunOptions, write_all  # not before the plans: refusals need not wait for torch
+    from monoquant_core.commit import Destination, check_apart
 
-    options = RunOptions(threads=threads, device=device, force=force, nonfinite=nonfinite)
-    return write_all(outputs, source, options, stats=stats, progress=progress)
+    check_apart([Destination(path, plan.files) for plan, path in outputs])
+    return outputs
 
 
 def verify(

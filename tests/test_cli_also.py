@@ -129,8 +129,8 @@ def test_plans_have_a_table_and_totals_each(folder: Path, tmp_path: Path, run: R
         ("int8=out/inside", "one of it and out is inside the other", ""),
         ("int8=m.safetensors", "m.safetensors: ", ""),
         ("int8:format=safetensors,convention=generic=m.safetensors", "m.safetensors: is the input", ""),
-        ("Q4_K:architecture=generic=x.gguf", "blocks of 256", ""),
-        ("int3=x", "int3: groups of 128 do not divide", ""),
+        ("Q4_K:architecture=generic=x.gguf", "x.gguf: m.safetensors: the scheme refuses", "blocks of 256"),
+        ("int3=x", "error: x: m.safetensors: the scheme refuses", "groups of 128 do not divide"),
     ],
 )
 def test_one_refusal_stops_all(folder: Path, run: Run, also: str, message: str, hint: str) -> None:
@@ -143,6 +143,12 @@ def test_one_refusal_stops_all(folder: Path, run: Run, also: str, message: str, 
     assert message in done.stderr.partition("hint: ")[0]
     assert hint in done.stderr
     assert content(folder) == before
+
+
+def test_a_dry_run_refuses_what_the_run_would(folder: Path, run: Run) -> None:
+    done = run("quantize", "m.safetensors", "-o", "a", "--scheme", "int8", "--dry-run", "--also", "int8=a", cwd=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "a: two outputs of this run have this name" in done.stderr
 
 
 def test_the_suffix_says_the_format(folder: Path, tmp_path: Path, run: Run) -> None:

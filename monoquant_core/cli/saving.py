@@ -31,10 +31,12 @@ def save_or_plan(
     from monoquant_core import api
 
     targets = [api.Target(model, path, **choice) for model, path, choice in outputs if path is not None]
-    if dry_run or len(targets) < len(outputs):
+    if dry_run and len(targets) == len(outputs):
+        show_plans([(str(path), plan) for plan, path in api.plan_all(targets)], threads=threads, json=json)
+        return
+    if dry_run:  # of an output without a name
         plans = [
-            (str(path or choice["format"]), model.plan(**choice, destination=flags.name_of(path)))
-            for model, path, choice in outputs
+            (str(path or f["format"]), model.plan(**f, destination=flags.name_of(path))) for model, path, f in outputs
         ]
         show_plans(plans, threads=threads, json=json)
         return

@@ -218,7 +218,7 @@ def _count(values: torch.Tensor, bits: int) -> tuple[int, torch.Tensor, torch.Te
 
 def _count_channels(rows: torch.Tensor, bits: int) -> tuple[int, torch.Tensor, torch.Tensor]:
     """The same for every row of float32 ``[channels, values]``."""
-    codes = _codes(rows, bits).long()
+    codes = _codes(rows, bits)
     magnitudes = codes & (1 << 8 + bits) - 1
     zero = magnitudes == 0
     first, last = (int(end) >> bits for end in (magnitudes.masked_fill(zero, 1 << 30).amin(), magnitudes.amax()))
@@ -226,7 +226,7 @@ def _count_channels(rows: torch.Tensor, bits: int) -> tuple[int, torch.Tensor, t
     # All bins of a channel, one after another, and its zeros.
     size = octaves << bits
     places = (magnitudes - (first << bits)).add_(codes >> 8 + bits, alpha=size).masked_fill_(zero, 2 * size)
-    places += torch.arange(len(rows), device=rows.device).unsqueeze(1) * (2 * size + 1)
+    places += torch.arange(len(rows), device=rows.device, dtype=torch.int32).unsqueeze(1) * (2 * size + 1)
     table = torch.bincount(places.flatten(), minlength=len(rows) * (2 * size + 1)).cpu().view(len(rows), -1)
     return first if octaves else 0, table[:, :-1].reshape(len(rows), 2, octaves, 1 << bits), table[:, -1].clone()
 

@@ -200,6 +200,8 @@ class Exporter(Protocol):
     for this model, such as one convention of several), ``with_stats(stats) -> Exporter`` (called once, after that,
     where there are calibration statistics: for formats that quantize values which belong to no weight), and
     ``notes(layout: FileLayout) -> Sequence[str]`` (what to tell the user about the file as a whole).
+    ``settle(placed) -> Sequence[Output]`` is called when every output has its verdict: outputs that follow from these,
+    which take the place of those of the same name or come after all others (biases in steps of their weights' scales).
     A format that needs a graph may have ``read_graph(source, example) -> Source``, called before anything else: the
     source itself where its graph is of the format's own kind, else one whose tensors are those of the graph that it
     made of the source. ``example`` is one batch of inputs (a tensor, a tuple or a dict of them), or None.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from monoquant_core.encoding import Encoding
 from monoquant_core.errors import PlanError, UnsupportedEncodingError
@@ -38,6 +38,9 @@ class Placer:
             step = self._place(out)
             if step is not None:
                 steps.append(step)
+        settle: Callable[..., Iterable[Output]] | None = getattr(self.exporter, "settle", None)
+        if settle is not None and not self.refused:
+            steps = self._settled(steps, settle([step.placed for step in steps]))
         if self.refused:
             name = self.format_name
             hints = list(dict.fromkeys(h for _, _, h in self.refused if h))
@@ -78,6 +81,17 @@ class Placer:
         if lost or twice:
             raise PlanError(f"{self.format_name}: loses {lost[:3]} and writes twice {twice[:3]}: a bug of the format")
         return outputs
+
+    def _settled(self, steps: Sequence[Step], outputs: Iterable[Output]) -> list[Step]:
+        """The steps with outputs that follow from the verdicts on others, in place of those of their name or after."""
+        found = {step.placed.output.name: step for step in steps}
+        for out in outputs:
+            step = found.get(out.name)
+            if step is not None and (step.placed.output.shape, step.placed.output.dtype) == (out.shape, out.dtype):
+                found[out.name] = dataclasses.replace(step, placed=dataclasses.replace(step.placed, output=out))
+            elif (made := self._place(out)) is not None:
+                found[out.name] = made
+        return list(found.values())
 
     def _place(self, out: Output) -> Step | None:
         inputs = [self.decisions[name] for name in out.inputs]

@@ -87,10 +87,12 @@ def codes(input_scale: float) -> Apply:
     return apply
 
 
-def lifted(input_scale: float, bias: Data, encoding: Encoding) -> Apply:
+def lifted(input_scale: float, bias: Data, encoding: Encoding, axis: int) -> Apply:
     """``[weight] -> weight``, where channels whose bias int32 could not hold are all zeros but for one element.
 
     That element is a millionth of what shows: it sets the channel's scale.
+
+    :param axis: of the output channels.
     """
     high = encoding.codes_range[1]
 
@@ -99,13 +101,13 @@ def lifted(input_scale: float, bias: Data, encoding: Encoding) -> Apply:
 
         (weight,) = inputs
         least = bias.read(all_rows(bias.shape)).float().abs() / (input_scale * ROOM) * high
-        flat = weight.reshape(weight.shape[0], -1)
-        low = (flat.abs().amax(1) < least) if encoding.block[0] == 1 else torch.zeros(len(flat), dtype=torch.bool)
-        if not bool(low.any()):
+        flat = weight.movedim(axis, 0).flatten(1)
+        if encoding.block[axis] != 1 or not bool((low := flat.abs().amax(1) < least).any()):
             return weight
-        changed = flat.clone()
-        changed[low] = 0
-        changed[low, 0] = least[low]
-        return changed.view(weight.shape)
+        changed = weight.clone()
+        channels = changed.movedim(axis, 0)
+        channels[low] = 0
+        channels[(low, *[0] * (weight.ndim - 1))] = least[low]
+        return changed
 
     return apply

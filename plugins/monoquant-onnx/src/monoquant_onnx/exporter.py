@@ -254,7 +254,8 @@ class OnnxExporter:
         ]
         self._names.setdefault((f"{bias}_scale", ""), self._name(bias, "_scale"))
         if self._specs[weight].encoding is None:
-            lifted = biases.lifted(found.input_scale, self._graph.data[found.name], steps)
+            axis = self._roles[weight].outputs_axis
+            lifted = biases.lifted(found.input_scale, self._graph.data[found.name], steps, axis)
             transform = Transform(lifted, "tensor", biases.LIFTED)
             outputs.append(dataclasses.replace(item.output, transform=transform))
         return outputs

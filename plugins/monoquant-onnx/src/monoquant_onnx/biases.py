@@ -107,7 +107,10 @@ def lifted(input_scale: float, bias: Data, encoding: Encoding, axis: int) -> App
         changed = weight.clone()
         channels = changed.movedim(axis, 0)
         channels[low] = 0
-        channels[(low, *[0] * (weight.ndim - 1))] = least[low]
+        first = channels
+        while first.ndim > 1:
+            first = first.select(1, 0)
+        first[low] = least[low]
         return changed
 
     return apply

@@ -131,7 +131,7 @@ def _described(tensor: Streamed) -> onnx.TensorProto:
 
 def _header(tensor: Streamed) -> bytes:
     """Everything of an initializer up to its data."""
-    inner = _described(tensor).SerializeToString(deterministic=True) + _field(_RAW_DATA, tensor.nbytes)
+    inner: bytes = _described(tensor).SerializeToString(deterministic=True) + _field(_RAW_DATA, tensor.nbytes)
     return _field(_INITIALIZER, len(inner) + tensor.nbytes) + inner
 
 

@@ -49,6 +49,8 @@ ACTIVATIONS = (
 class ExporterConformance:
     """Subclass it and give a fixture ``exporter``; give ``read_back`` with the format's reference reader.
 
+    An exporter of graphs has a method ``sample_graph(specs)`` for the kit: a graph of its kind with these tensors in it.
+
     ::
 
         class TestGguf(ExporterConformance):
@@ -258,7 +260,7 @@ class ExporterConformance:
             )
             seen.append(_digests(folder))
         assert all(digests == seen[0] for digests in seen[1:]), "bytes depend on threads or chunks"
-        plan = self._plan(exporter, MemorySource(model, info))
+        plan = self._plan(exporter, MemorySource(model, info), f"out{self.suffix}")
         assert sum(size for _, size in seen[0].values()) == plan.bytes_after, "another size than the plan's"
 
     def test_failure_leaves_nothing(self, exporter: Exporter, info: ModelInfo, tmp_path: Path) -> None:
@@ -284,6 +286,7 @@ class ExporterConformance:
         return path
 
     def _plan(self, exporter: Exporter, source: MemorySource, destination: str = "out") -> Plan:
+        source.info = _with_graph(exporter, source.specs(), source.info)
         registry = Registry()
         registry.exporters["given"] = _Given("given", "The exporter under test.", "-", exporter=exporter)
         return make_plan(
@@ -362,7 +365,13 @@ class _Given(ExporterDeclaration):
 
 def _resolve(exporter: Exporter, specs: Any, info: ModelInfo) -> Exporter:
     resolve = getattr(exporter, "resolve", None)
-    return resolve(specs, info) if resolve is not None else exporter
+    return resolve(specs, _with_graph(exporter, specs, info)) if resolve is not None else exporter
+
+
+def _with_graph(exporter: Exporter, specs: Any, info: ModelInfo) -> ModelInfo:
+    """The model with a graph, if the format needs one and makes samples of it."""
+    make = getattr(exporter, "sample_graph", None)
+    return replace(info, graph=make(specs)) if make is not None and info.graph is None else info
 
 
 def _as_held(case: _Case, held: Held) -> QuantizedTensor:

@@ -97,7 +97,6 @@ def lifted(input_scale: float, bias: Data, encoding: Encoding, axis: int) -> App
     high = encoding.codes_range[1]
 
     def apply(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        import torch
 
         (weight,) = inputs
         least = bias.read(all_rows(bias.shape)).float().abs() / (input_scale * ROOM) * high

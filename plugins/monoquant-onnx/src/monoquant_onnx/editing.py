@@ -134,4 +134,3 @@ def _values(graph: ir.Graph) -> list[ir.Value]:
 
 def _unread() -> ir.TensorProtocol:
     raise AssertionError("the core writes these data")
-

@@ -5,7 +5,6 @@ transforms import torch.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +79,12 @@ class OnnxExporter:
         from monoquant_onnx.attach import graph_of
 
         return graph_of(source, example, self._options.graph)
+
+    def sample_graph(self, specs: Sequence[TensorSpec]) -> OnnxGraph:
+        """A graph that gives out these tensors, each under its name and ``:out``: for the conformance kit."""
+        from monoquant_onnx.sample import sample_graph
+
+        return sample_graph(specs)
 
     def resolve(self, specs: Sequence[TensorSpec], info: ModelInfo) -> OnnxExporter:
         """The exporter for this model.
@@ -166,14 +171,18 @@ class OnnxExporter:
         from monoquant_onnx.files import LIMIT, file_plans
 
         limit = min(LIMIT, self._options.max_inline)
-        return file_plans(self._rewrite(layout.outputs), layout.destination or "model.onnx", layout.plan_hash, limit=limit)
+        return file_plans(
+            self._rewrite(layout.outputs), layout.destination or "model.onnx", layout.plan_hash, limit=limit
+        )
 
     def notes(self, layout: FileLayout) -> Sequence[str]:
         """What the file does that the plan's table does not show."""
         layouts = [item.held.layout for item in layout.outputs]
         notes = []
         if DYNAMIC in layouts:
-            notes.append("inputs are quantized when the model runs, one scale for a whole tensor (DynamicQuantizeLinear)")
+            notes.append(
+                "inputs are quantized when the model runs, one scale for a whole tensor (DynamicQuantizeLinear)"
+            )
         if STATIC in layouts:
             if self._options.target in ("auto", "x86"):
                 notes.append(
@@ -229,7 +238,9 @@ class OnnxExporter:
         assert self._graph is not None
         weight = item.output.name
         found = biases.find(self._graph, self._graph.names[weight], ranges)
-        bias = next((name for name, initializer in self._graph.names.items() if found and initializer == found.name), "")
+        bias = next(
+            (name for name, initializer in self._graph.names.items() if found and initializer == found.name), ""
+        )
         if found is None or bias not in known or known[bias].held.encoding is not None or self._specs[bias].encoding:
             return []
         scale = (weight, self._name(weight, "_scale"))

@@ -18,7 +18,6 @@ from monoquant_onnx.editing import Streamed
 from monoquant_onnx.opsets import ir_version, without_data
 from monoquant_onnx.rewrite import Rewritten
 
-
 #: bytes of a protobuf; its size is an int32
 LIMIT = (1 << 31) - (1 << 20)
 PAGE, LINE = 4096, 64  #: where large and small tensors start in the data file, so that it can be mapped

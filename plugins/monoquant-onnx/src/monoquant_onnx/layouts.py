@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-
 from monoquant_core.encoding import FULL, ElementType, Encoding, per_channel, per_tensor
 from monoquant_core.reencode import can_reencode
 from monoquant_core.rows import Shape, block_rows, row_count
@@ -21,7 +20,9 @@ ELEMENTS: dict[str, tuple[int, int]] = {
     **{"uint2": (25, 25), "int2": (26, 25), "float4_e2m1fn": (23, 23)},
     **{"float8_e4m3fn": (17, 19), "float8_e4m3fnuz": (18, 19), "float8_e5m2": (19, 19), "float8_e5m2fnuz": (20, 19)},
 }
-E8M0 = "float8_e8m0fnu"  #: scales that are powers of two: through a Cast, as DequantizeLinear would answer in their type
+E8M0 = (
+    "float8_e8m0fnu"  #: scales that are powers of two: through a Cast, as DequantizeLinear would answer in their type
+)
 E8M0_NUMBER, E8M0_OPSET = 24, 24
 FLOAT = 1
 AXIS_OPSET, BLOCK_OPSET = 13, 21
@@ -209,5 +210,3 @@ def _axis(shape: Shape, block: tuple[int, ...]) -> tuple[int | None, int, Shape]
 
 def _name(param: object) -> str:
     return param.name if isinstance(param, ElementType) else str(param)
-
-

@@ -45,7 +45,7 @@ def raised(graph: OnnxGraph, opset: int) -> ir.Model:
     proto, data = without_data(model, set(graph.data))
     try:
         converted = ir.from_proto(onnx.version_converter.convert_version(proto, opset))
-    except Exception as exc:  # noqa: BLE001 - the converter raises RuntimeError and others
+    except Exception as exc:
         reason = " ".join(str(exc).split())[:200]
         raise UnsupportedEncodingError(
             f"{graph.name}: needs opset {opset}, and onnx cannot convert it from {graph.opset}: {reason}",

@@ -28,9 +28,7 @@ class OnnxOptions:
         "Processor for static quantization; auto and x86 confine weights to 7 bits, which no processor overflows with.",
         choices=("auto", "x86", "vnni", "arm", "gpu"),
     )
-    max_inline: int = option(
-        MAX_INLINE, "Bytes above which the data go into a file beside the .onnx file.", minimum=0
-    )
+    max_inline: int = option(MAX_INLINE, "Bytes above which the data go into a file beside the .onnx file.", minimum=0)
 
 
 @hookimpl
@@ -52,8 +50,4 @@ def monoquant_register_exporters() -> Iterable[ExporterDeclaration]:
 @hookimpl
 def monoquant_register_recipes() -> Iterable[RecipeDeclaration]:
     """What is quantized unless rules say otherwise."""
-    return [
-        RecipeDeclaration(
-            "onnx", "the default rules, and embeddings as int8", "monoquant_onnx.recipe:OnnxRecipe"
-        )
-    ]
+    return [RecipeDeclaration("onnx", "the default rules, and embeddings as int8", "monoquant_onnx.recipe:OnnxRecipe")]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from monoquant_core.exporters import Placed
@@ -73,6 +74,10 @@ def rewrite(
             found = Streamed(name, stored.number, stored.shape, out.name, name, stored.nbytes)
             values[stored.label] = edit.stream(found)
         name = arrays[out.name, ""]
+        if item.held.layout == STATIC and roles[out.name].what == "gemm":
+            # Without them, onnxruntime does not join the pairs around a Gemm into QGemm.
+            zeros = np.zeros(layout.params_shape, np.int8)
+            values["_zero_point"] = edit.constant(edit.free_name(f"{name}_zero_point"), zeros)
         weight = Weight(name, roles[out.name], encoding, layout, dtype, values, row_length(out.shape))
         weights[out.name] = (weight, uses)
         if item.held.layout == STATIC:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 What = Literal["gather", "matmul", "gemm", "conv", "other"]
 
+
 @dataclass(frozen=True, slots=True)
 class Role:
     """What all uses of a weight have in common; "other" where that is nothing that matters."""

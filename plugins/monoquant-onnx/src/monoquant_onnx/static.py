@@ -19,9 +19,10 @@ Range = tuple[float, float]
 FindRange = Callable[[ir.Value], "Range | None"]
 
 FUSED = ("Relu", "Clip")  #: part of the node before them: onnxruntime drops them where the codes' range says the same
-SAME = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")  #: move values and make no new ones
+#: move values and make no new ones, but for zeros
+SAME = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad")
 OWN = ("AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu")  #: one input, with a range of their own behind them
-JOINED = ("Add", "Mul", "Concat")  #: where all inputs are quantized
+JOINED = ("Add", "Mul", "Concat")  #: where an input is quantized, the others are, too
 
 
 @dataclass(slots=True)
@@ -29,7 +30,7 @@ class Pairs:
     """Which values get a pair of QuantizeLinear and DequantizeLinear."""
 
     made: dict[ir.Value, Range] = field(default_factory=dict)  #: for everything that takes the value
-    taken: dict[ir.Value, tuple[Range, list[ir.Node]]] = field(default_factory=dict)  #: for these nodes only
+    taken: dict[ir.Value, tuple[Range, list[tuple[ir.Node, int]]]] = field(default_factory=dict)  #: for these inputs
     same: dict[ir.Value, ir.Value] = field(default_factory=dict)  #: value with the scale of another
     missing: list[str] = field(default_factory=list)  #: values that would have one, if their range were known
 
@@ -43,7 +44,7 @@ def find_pairs(graph: ir.Graph, layers: Mapping[ir.Node, str], find: FindRange) 
     pairs = Pairs()
     for node in graph:
         if node in layers:
-            _take(pairs, node, find)
+            _take(pairs, node, 0, find)
             if node.op_type == "Conv":
                 _make(pairs, behind(node.outputs[0]), find)
         elif node.domain in ("", "ai.onnx") and node.op_type in (*SAME, *OWN, *JOINED):
@@ -90,13 +91,15 @@ def insert_pairs(edit: Editor, pairs: Pairs) -> None:
             owner = pairs.same[owner]
         codes, floats = pair(value, owner, found)
         edit.redirect(value, floats.outputs[0], keep=(codes,))
-    for value, (found, nodes) in pairs.taken.items():
+    for value, (found, uses) in pairs.taken.items():
         _, floats = pair(value, value, found)
-        for node in nodes:
-            node.replace_input_with(0, floats.outputs[0])
+        for node, index in uses:
+            node.replace_input_with(index, floats.outputs[0])
 
 
-def scale_and_zero_point(found: Range) -> tuple[np.ndarray[tuple[()], np.dtype[np.float32]], np.ndarray[tuple[()], np.dtype[np.uint8]]]:
+def scale_and_zero_point(
+    found: Range,
+) -> tuple[np.ndarray[tuple[()], np.dtype[np.float32]], np.ndarray[tuple[()], np.dtype[np.uint8]]]:
     """uint8, asymmetric: 0 to 255 are the ends of the range, which is widened to hold zero exactly."""
     low, high = min(found[0], 0.0), max(found[1], 0.0)
     scale = np.float32((high - low) / 255) if high > low else np.float32(1)
@@ -106,15 +109,15 @@ def scale_and_zero_point(found: Range) -> tuple[np.ndarray[tuple[()], np.dtype[n
     return np.asarray(scale, np.float32), np.asarray(point, np.uint8)
 
 
-def _take(pairs: Pairs, node: ir.Node, find: FindRange) -> None:
-    value = node.inputs[0]
+def _take(pairs: Pairs, node: ir.Node, index: int, find: FindRange) -> None:
+    value = node.inputs[index]
     assert value is not None
     if value in pairs.made:
         return
     if value in pairs.taken:
-        pairs.taken[value][1].append(node)
+        pairs.taken[value][1].append((node, index))
     elif (found := find(value)) is not None:
-        pairs.taken[value] = (found, [node])
+        pairs.taken[value] = (found, [(node, index)])
     else:
         pairs.missing.append(value.name or "")
 
@@ -123,17 +126,32 @@ def _make(pairs: Pairs, value: ir.Value, find: FindRange) -> None:
     found = find(value)
     if found is None:
         pairs.missing.append(value.name or "")
-        return
-    pairs.made[value] = found
-    pairs.taken.pop(value, None)
+    else:
+        pairs.made[value] = found
 
 
 def _pass_on(pairs: Pairs, node: ir.Node, find: FindRange) -> None:
-    inputs = [v for v in (node.inputs if node.op_type in JOINED else node.inputs[:1]) if v is not None]
-    if not inputs or any(value not in pairs.made for value in inputs):
+    """Quantize what a node makes of quantized values."""
+    count = len(node.inputs) if node.op_type in JOINED else 1
+    inputs = [(index, value) for index, value in enumerate(node.inputs[:count]) if value is not None]
+    known = [value for _, value in inputs if value in pairs.made]
+    if not known or (node.op_type == "Pad" and not _pads_zeros(node)):
         return
     if node.op_type in SAME:
-        pairs.made[node.outputs[0]] = pairs.made[inputs[0]]
-        pairs.same[node.outputs[0]] = inputs[0]
+        pairs.made[node.outputs[0]] = pairs.made[known[0]]
+        pairs.same[node.outputs[0]] = known[0]
         return
+    others = [(index, value) for index, value in inputs if value not in pairs.made]
+    if any(value.is_initializer() or (value not in pairs.taken and find(value) is None) for _, value in others):
+        return
+    for index, _ in others:
+        _take(pairs, node, index, find)
     _make(pairs, behind(node.outputs[0]), find)
+
+
+def _pads_zeros(node: ir.Node) -> bool:
+    mode = node.attributes.get("mode")
+    filler = node.inputs[2] if len(node.inputs) > 2 else None
+    if filler is not None and (filler.const_value is None or float(filler.const_value.numpy()) != 0):
+        return False
+    return mode is None or mode.value == "constant"

@@ -77,7 +77,9 @@ def look_up(edit: Editor, weight: Weight, nodes: list[ir.Node]) -> None:
         if weight.layout.axis is not None:
             for number, param in enumerate(params):
                 if param is not None:
-                    gather = edit.op("Gather", [param, indices], [f"{found.name}_{number}"], [param.dtype or FLOAT], axis=0)
+                    gather = edit.op(
+                        "Gather", [param, indices], [f"{found.name}_{number}"], [param.dtype or FLOAT], axis=0
+                    )
                     made.append(gather)
                     params[number] = gather.outputs[0]
             attributes = {"axis": -1, "block_size": weight.layout.block_size or weight.row}
@@ -91,7 +93,9 @@ def look_up(edit: Editor, weight: Weight, nodes: list[ir.Node]) -> None:
         found.type = ir.TensorType(weight.codes.dtype or ir.DataType.INT8)
 
 
-def multiply(edit: Editor, weight: Weight, quantized: dict[str, list[ir.Value]], uses: list[tuple[ir.Node, int]]) -> None:
+def multiply(
+    edit: Editor, weight: Weight, quantized: dict[str, list[ir.Value]], uses: list[tuple[ir.Node, int]]
+) -> None:
     """Products of integers, with inputs that are quantized at run time: once for all products that share them.
 
     :param quantized: what was quantized so far, by the name of the float value.
@@ -110,7 +114,9 @@ def multiply(edit: Editor, weight: Weight, quantized: dict[str, list[ir.Value]],
             quantized[x.name] = list(made.outputs)
         inputs, input_scale, point = quantized[x.name]
         name = result.name
-        product = edit.op("MatMulInteger", [inputs, codes, point], [f"{name}_int32"], [ir.DataType.INT32], shape=result.shape)
+        product = edit.op(
+            "MatMulInteger", [inputs, codes, point], [f"{name}_int32"], [ir.DataType.INT32], shape=result.shape
+        )
         cast = edit.op("Cast", product.outputs, [f"{name}_float"], [FLOAT], shape=result.shape, to=int(FLOAT))
         scales = edit.op("Mul", [input_scale, scale], [f"{name}_scale"], [FLOAT])
         scaled = edit.op("Mul", [cast.outputs[0], scales.outputs[0]], [f"{name}_scaled"], [FLOAT], shape=result.shape)

@@ -15,6 +15,8 @@ from typing import Any
 import typer
 from monoquant_gguf.layouts import LAYOUTS
 from monoquant_gguf.plugin import TYPES
+from monoquant_onnx.layouts import ELEMENTS
+from monoquant_onnx.sample import product_graph
 
 from monoquant_core import testing
 from monoquant_core.cli.app import build_app
@@ -79,6 +81,10 @@ GGML_OTHERS = """\
 And what the other schemes of this repository become, on a Linear of 4096 x 4096 in float32, with their default options
 and, for some, with each option changed alone where that makes a difference:"""
 
+ONNX_SCHEMES = """\
+What every scheme becomes, on the 4096 x 4096 weight of a MatMul in float32, with its default options and, for some,
+with each option changed alone where that makes a difference:"""
+
 #: attribute of the Registry -> title and introduction, in the order of the page
 SECTIONS = {
     "schemes": ("Schemes", "Chosen by `--scheme`, by `--set` and by a recipe's rules."),
@@ -105,13 +111,14 @@ def pages() -> dict[Path, str]:
     """Every generated page, complete."""
     registry = own_registry()
     kit, formats = DOCS / "plugins" / "testing.md", DOCS / "formats"
-    safetensors, gguf = formats / "safetensors.md", formats / "gguf.md"
+    safetensors, gguf, onnx = (formats / f"{name}.md" for name in ("safetensors", "gguf", "onnx"))
     return {
         DOCS / "cli.md": cli_page(registry),
         DOCS / "options.md": options_page(registry),
         kit: between_marks(kit, kit_tables()),
         safetensors: between_marks(safetensors, held_table(registry, "safetensors", but=GGML)),
         gguf: between_marks(gguf, f"{ggml_table()}\n\n{GGML_OTHERS}\n\n{_held_by_gguf(registry)}"),
+        onnx: between_marks(onnx, f"{onnx_table()}\n\n{ONNX_SCHEMES}\n\n{_held_by_onnx(registry)}"),
     }
 
 
@@ -195,7 +202,7 @@ class _Linear:
 
     info = ModelInfo("a Linear layer", {"model_type": "llama"})
 
-    weight = TensorSpec("model.layers.0.mlp.up_proj.weight", (4096, 4096), "float32", kind="linear")
+    weight: TensorSpec = TensorSpec("model.layers.0.mlp.up_proj.weight", (4096, 4096), "float32", kind="linear")
 
     def specs(self) -> Sequence[TensorSpec]:
         return [self.weight]
@@ -229,15 +236,35 @@ def ggml_table() -> str:
     return _table(header, rows)
 
 
+def onnx_table() -> str:
+    """DequantizeLinear's types, from the table that the plugin writes by."""
+    rows = [(f"`{name}`", str(number), str(opset)) for name, (number, opset) in ELEMENTS.items()]
+    return _table(("element type of codes", "TensorProto.DataType", "opset"), rows)
+
+
+def _held_by_onnx(registry: Registry) -> str:
+    weight = TensorSpec("weight", (4096, 4096), "float32", kind="linear_transposed")
+    source = _Linear()
+    source.weight = weight
+    source.info = ModelInfo("a MatMul", graph=product_graph(weight))
+    return held_table(registry, "onnx", source=source)
+
+
 def _held_by_gguf(registry: Registry) -> str:
     return held_table(registry, "gguf", but=GGML, format_options={"architecture": "generic"})
 
 
 def held_table(
-    registry: Registry, format: str, *, but: Collection[str] = (), format_options: Mapping[str, Any] | None = None
+    registry: Registry,
+    format: str,
+    *,
+    but: Collection[str] = (),
+    format_options: Mapping[str, Any] | None = None,
+    source: _Linear | None = None,
 ) -> str:
     """What a format makes of every scheme, by default and, for some, with each option changed alone."""
     rows: dict[tuple[str, str], Sequence[str]] = {}
+    source = source or _Linear()
     for declaration in (d for d in registry.schemes.values() if d.name not in but):
         for label, values in testing_declarations.variants(declaration):
             if label != "defaults" and declaration.name not in IN_DETAIL:
@@ -245,7 +272,7 @@ def held_table(
             flags = " ".join([declaration.name, *(_as_typed(k, v) for k, v in values.items())])
             try:
                 plan = make_plan(
-                    _Linear(),
+                    source,
                     registry=registry,
                     scheme=declaration.name,
                     scheme_options=values,
@@ -255,7 +282,7 @@ def held_table(
                     quantizing=False,  # a cast to what it is already changes nothing, and that is an answer here
                 )
             except UnsupportedEncodingError as exc:
-                reason = str(exc).rpartition(f"{_Linear.weight.name}: ")[2]
+                reason = str(exc).rpartition(f"{source.weight.name}: ")[2]
                 rows.setdefault(("refused", reason), (f"`{flags}`", "refused", "", "", reason))
                 continue
             (step,) = plan.steps

@@ -49,7 +49,7 @@ ACTIVATIONS = (
 class ExporterConformance:
     """Subclass it and give a fixture ``exporter``; give ``read_back`` with the format's reference reader.
 
-    An exporter of graphs has a method ``sample_graph(specs)`` for the kit: a graph of its kind with these tensors in it.
+    An exporter of graphs has a method ``sample_graph(specs)`` for the kit: a graph of its kind with these tensors.
 
     ::
 

@@ -1,5 +1,6 @@
-"""``--format onnx``: the graph of the source with quantized weights, in standard ONNX. Only ``pack``, ``unpack`` and the
-transforms import torch.
+"""``--format onnx``: the graph of the source with quantized weights, in standard ONNX.
+
+Only ``pack``, ``unpack`` and the transforms import torch.
 """
 
 from __future__ import annotations
@@ -309,7 +310,6 @@ def _by_rows(encoding: Encoding) -> bool:
 
 def _array_names(graph: OnnxGraph, specs: Sequence[str]) -> dict[tuple[str, str], str]:
     """(spec, label) -> a name in the graph for each array that a tensor may become."""
-    taken = set(graph.names.values())
     names: dict[tuple[str, str], str] = {}
     for spec in specs:
         initializer = graph.names[spec]

@@ -1,7 +1,7 @@
 """The file as the core writes it: protobuf around the data of large initializers, or beside them above 2 GB.
 
-Protobuf's fields may come in any order, so everything but those initializers comes first; each of them is a field of its
-own after that, with its data as its last field. The layout follows from sizes alone.
+Protobuf's fields may come in any order, so everything but those initializers comes first; each of them is a field of
+its own after that, with its data as its last field. The layout follows from sizes alone.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ def layout_of(shape: Shape, encoding: Encoding) -> Layout | str:
     """The layout of a tensor, or why DequantizeLinear does not take it as it is."""
     element = encoding.element
     if element.name not in ELEMENTS:
-        kind = "codebooks" if element.kind == "codebook" else f"{element.bits}-bit {element.kind}s like {element.name}"
-        return f"ONNX has no {kind}"
+        kinds = {"codebook": "codebooks", "int": f"integers of {element.bits} bits", "float": f"floats {element.name}"}
+        return f"ONNX has no {kinds[element.kind]}"
     if encoding.offset is not None:
         return "DequantizeLinear has zero points and no offsets"
     if encoding.zero_point is not None and encoding.zero_point != element:
@@ -88,9 +88,8 @@ def layout_of(shape: Shape, encoding: Encoding) -> Layout | str:
         if inner.nested is not None or isinstance(scale.scale, ElementType):
             return "scales nested twice"
         nested, opset = inner, max(opset, inner.opset)
-        if axis is None or (not block and inner.axis is not None):  # the scale is a vector there, not of full rank
-            if inner.axis is not None:
-                return "a scale in blocks of a scale along one axis"
+        if not block and inner.axis is not None:  # the scale is a number or a vector there, and not of full rank
+            return "a scale in blocks of a scale along one axis"
     elif isinstance(scale, ElementType):
         if scale.name != E8M0:
             return f"DequantizeLinear's scales are floats, and these are codes of {scale.name}"
@@ -121,7 +120,7 @@ def suggestions(shape: Shape, encoding: Encoding) -> Iterator[Encoding]:
 
 
 def repacked(shape: Shape, encoding: Encoding) -> tuple[Encoding, bool] | None:
-    """The encoding that holds the same codes and DequantizeLinear takes, and whether it is exact; None if there is none."""
+    """The encoding of the same codes that DequantizeLinear takes, and whether it is exact; None if there is none."""
     for target in suggestions(shape, encoding):
         if target == encoding or isinstance(layout_of(shape, target), str):
             continue
@@ -158,7 +157,7 @@ def stored_arrays(shape: Shape, encoding: Encoding, layout: Layout, *, gathered:
 
 
 def record_rows(shape: Shape, block: tuple[int, ...]) -> int:
-    """Rows of a tensor that share one record of a parameter, records being equally long; 0: the whole tensor has one."""
+    """Rows of a tensor that share one record of a parameter, records being equally long; 0: all of them."""
     if all(b == FULL for b in block):
         return 0
     total = max(1, row_count(shape))

@@ -1,4 +1,4 @@
-"""Codes and parameters as ONNX's raw_data holds them: little-endian, several codes to a byte, the first in its low bits."""
+"""Codes and parameters as raw_data holds them: little-endian, several codes to a byte, the first in its low bits."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ SMALL_ROWS = 256
 
 
 class OnnxRecipe:
-    """The core's default recipe, but for embeddings: large ones become int8, with one scale per row, whatever the scheme."""
+    """The core's default recipe, but for large embeddings: they become int8, a scale per row, whatever the scheme."""
 
     def __init__(self, options: object = None) -> None:
         pass

@@ -15,7 +15,7 @@ from monoquant_onnx import static, types
 from monoquant_onnx.editing import Editor, Streamed
 from monoquant_onnx.layouts import Layout, layout_of, stored_arrays
 from monoquant_onnx.roles import Role
-from monoquant_onnx.weights import FLOAT, Weight, dequantize, look_up, multiply
+from monoquant_onnx.weights import FLOAT, Weight, cast, dequantize, look_up, multiply
 
 if TYPE_CHECKING:
     from monoquant_onnx.graph import OnnxGraph
@@ -61,9 +61,11 @@ def rewrite(
         if encoding is None:
             (part,) = item.parts
             number = types.NUMBER[out.dtype]
-            edit.stream(Streamed(part.name, number, out.shape, out.name, part.name, part.nbytes))
+            value = edit.stream(Streamed(part.name, number, out.shape, out.name, part.name, part.nbytes))
             if out.dtype == "int32" and out.transform is not None:
                 biases.append((out.name, uses))
+            elif initializer is not None and value.dtype != dtype:
+                cast(edit, value, dtype, uses)
             continue
         layout = layout_of(out.shape, encoding)
         assert isinstance(layout, Layout)

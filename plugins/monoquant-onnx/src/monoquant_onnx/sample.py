@@ -1,4 +1,4 @@
-"""A graph without a purpose, for the conformance kit: every tensor is an output."""
+"""Graphs without data, for the conformance kit and the documentation."""
 
 from __future__ import annotations
 
@@ -51,3 +51,18 @@ def sample_graph(specs: Sequence[TensorSpec]) -> OnnxGraph:
         found.rename(f"{spec.name}:data", spec.name)
         found.names[spec.name] = spec.name
     return found
+
+
+def product_graph(spec: TensorSpec) -> OnnxGraph:
+    """``y = x @ weight``, for a weight ``[inputs, outputs]``."""
+    graph = sample_graph([spec])
+    node = next(iter(graph.model.graph))
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["rows", spec.shape[0]]))
+    y = ir.Value(name="y", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["rows", spec.shape[1]]))
+    product = ir.node("MatMul", [x, node.inputs[0]], outputs=[y], name="product")
+    main = graph.model.graph
+    main.inputs.append(x)
+    main.append(product)
+    main.outputs[0] = y
+    main.remove(node, safe=True)
+    return graph

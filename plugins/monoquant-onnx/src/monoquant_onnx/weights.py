@@ -40,9 +40,9 @@ def scale_of(edit: Editor, weight: Weight) -> ir.Value:
         point = weight.arrays.get("_scale_zero_point")
         return _dequantized(edit, scale, weight.arrays["_scale_scale"], point, weight.layout.nested)
     if isinstance(encoding, ElementType):
-        cast = edit.op("Cast", [scale], [f"{scale.name}_float"], [FLOAT], to=int(FLOAT))
-        edit.at_start(cast)
-        return cast.outputs[0]
+        turned = edit.op("Cast", [scale], [f"{scale.name}_float"], [FLOAT], to=int(FLOAT))
+        edit.at_start(turned)
+        return turned.outputs[0]
     return scale
 
 
@@ -93,6 +93,13 @@ def look_up(edit: Editor, weight: Weight, nodes: list[ir.Node]) -> None:
         found.type = ir.TensorType(weight.codes.dtype or ir.DataType.INT8)
 
 
+def cast(edit: Editor, value: ir.Value, dtype: ir.DataType, uses: list[tuple[ir.Node, int]]) -> None:
+    """Put a Cast to what the graph computes with between an initializer and the nodes that take it."""
+    result = _cast(edit, value, dtype)
+    for node, index in uses:
+        node.replace_input_with(index, result)
+
+
 def multiply(
     edit: Editor, weight: Weight, quantized: dict[str, list[ir.Value]], uses: list[tuple[ir.Node, int]]
 ) -> None:
@@ -117,10 +124,10 @@ def multiply(
         product = edit.op(
             "MatMulInteger", [inputs, codes, point], [f"{name}_int32"], [ir.DataType.INT32], shape=result.shape
         )
-        cast = edit.op("Cast", product.outputs, [f"{name}_float"], [FLOAT], shape=result.shape, to=int(FLOAT))
+        floats = edit.op("Cast", product.outputs, [f"{name}_float"], [FLOAT], shape=result.shape, to=int(FLOAT))
         scales = edit.op("Mul", [input_scale, scale], [f"{name}_scale"], [FLOAT])
-        scaled = edit.op("Mul", [cast.outputs[0], scales.outputs[0]], [f"{name}_scaled"], [FLOAT], shape=result.shape)
-        chain = [product, cast, scales, scaled]
+        scaled = edit.op("Mul", [floats.outputs[0], scales.outputs[0]], [f"{name}_scaled"], [FLOAT], shape=result.shape)
+        chain = [product, floats, scales, scaled]
         if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
             bias = [scaled.outputs[0], node.inputs[2]]
             chain.append(edit.op("Add", bias, [f"{name}_sum"], [FLOAT], shape=result.shape))
@@ -154,7 +161,7 @@ def _turned(edit: Editor, value: ir.Value) -> ir.Value:
 
 
 def _cast(edit: Editor, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    if dtype == FLOAT:
+    if dtype == value.dtype:
         return value
     made = edit.op("Cast", [value], [f"{value.name}_cast"], [dtype], shape=value.shape, to=int(dtype))
     edit.at_start(made)

@@ -85,7 +85,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def add_graph(source: mq.Source, format: str) -> None:
-    """Formats that need a graph get one in which every tensor is a tensor; what else it does is their tests' to show."""
+    """Formats that need a graph get one that gives out every tensor; what else they do is for their own tests."""
     declared = REGISTRY.exporter(format)
     if declared.needs == "graph":
         exporter = declared.load()(declared.options())

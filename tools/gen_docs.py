@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
@@ -243,7 +244,7 @@ def onnx_table() -> str:
 
 
 def _held_by_onnx(registry: Registry) -> str:
-    weight = TensorSpec("weight", (4096, 4096), "float32", kind="linear_transposed")
+    weight = dataclasses.replace(_Linear.weight, kind="linear_transposed")
     source = _Linear()
     source.weight = weight
     source.info = ModelInfo("a MatMul", graph=product_graph(weight))

@@ -54,7 +54,7 @@ class OnnxExporter:
     """
 
     name = "onnx"
-    recipe = "onnx"
+    recipe = "int8-embeddings"
     fuses = False  #: runtimes keep q, k and v apart
 
     def __init__(

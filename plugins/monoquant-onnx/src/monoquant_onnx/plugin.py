@@ -40,7 +40,7 @@ def monoquant_register_exporters() -> Iterable[ExporterDeclaration]:
             "ONNX for onnxruntime",
             "monoquant_onnx.exporter:OnnxExporter",
             OnnxOptions,
-            recipe="onnx",
+            recipe="int8-embeddings",
             suffix=".onnx",
             needs="graph",
         )
@@ -50,4 +50,8 @@ def monoquant_register_exporters() -> Iterable[ExporterDeclaration]:
 @hookimpl
 def monoquant_register_recipes() -> Iterable[RecipeDeclaration]:
     """What is quantized unless rules say otherwise."""
-    return [RecipeDeclaration("onnx", "the default rules, and embeddings as int8", "monoquant_onnx.recipe:OnnxRecipe")]
+    return [
+        RecipeDeclaration(
+            "int8-embeddings", "the default rules, and embeddings as int8", "monoquant_onnx.recipe:OnnxRecipe"
+        )
+    ]

@@ -11,6 +11,7 @@ from monoquant_core.recipe import KEEP, DefaultRecipe, Rule
 EMBEDDINGS = "embedding: rows of int8 codes are looked up, which is where small transformers get small"
 SMALL = "embedding of few rows: tiny, and its errors are in every input"
 SMALL_ROWS = 256
+RECURRENT = "LSTM or GRU: onnxruntime has no kernels for quantized ones"
 
 
 class OnnxRecipe:
@@ -22,6 +23,7 @@ class OnnxRecipe:
     def rules(self, info: ModelInfo, specs: Sequence[TensorSpec]) -> Sequence[Rule]:
         """One rule per kind."""
         rules = [rule for rule in DefaultRecipe().rules(info, specs) if rule.kind != "embedding"]
+        rules.append(Rule(KEEP, kind="recurrent", reason=RECURRENT))
         small = [s.name for s in specs if s.kind == "embedding" and s.shape and s.shape[0] < SMALL_ROWS]
         if small:
             rules.append(Rule(KEEP, tuple(f"re:^{re.escape(name)}$" for name in small), reason=SMALL))

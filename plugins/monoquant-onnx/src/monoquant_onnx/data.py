@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from monoquant_core import rows as r
 from monoquant_core.containers.entries import TensorEntry, tensor_at
 from monoquant_core.containers.reader import FileReader
-from monoquant_core.encoding import FULL, ActivationQuant, Encoding, param_shape
+from monoquant_core.encoding import FULL, ActivationQuant, ElementType, Encoding, param_shape
 from monoquant_core.errors import SourceError
 from monoquant_core.model import DTYPE_BITS
 from monoquant_onnx import types
@@ -154,8 +154,8 @@ class QuantizedData:
 
     @property
     def dtype(self) -> str:
-        """What it dequantizes to: the type of the scale."""
-        return self.scale.dtype
+        """What it dequantizes to: the type of the scale, where that is a float."""
+        return "float32" if isinstance(self.encoding.scale, ElementType) else self.scale.dtype
 
     @property
     def nbytes_stored(self) -> int:
@@ -180,8 +180,7 @@ class QuantizedData:
         codes = self.codes.read(rows, scratch)
         if self.shift:
             codes = (codes.to(torch.int16) + self.shift).to(torch.uint8)
-        if codes.dtype.is_floating_point:  # of 8 bits: the IR takes their bits
-            codes = codes.view(torch.uint8)
+        codes = _codes(codes)
         params: dict[str, ParamValue] = {"scale": self._param(self.scale, rows)}
         if self.encoding.zero_point is not None:
             if self.zero_point is None:
@@ -189,7 +188,8 @@ class QuantizedData:
             else:
                 points = self._param(self.zero_point, rows)
                 assert isinstance(points, torch.Tensor)
-                params["zero_point"] = (points.to(torch.int16) + self.shift).to(torch.uint8)
+                points = _codes(points)
+                params["zero_point"] = (points.to(torch.int16) + self.shift).to(torch.uint8) if self.shift else points
         return QuantizedTensor(self.encoding, codes, **params)
 
     def _grid(self, rows: range) -> tuple[int, ...]:
@@ -206,7 +206,19 @@ class QuantizedData:
         ):
             first = first * extent + (0 if block == FULL else index // block)
         wanted = range(first, first + math.prod(chunk[:-1]))
-        return data.quantized(wanted) if isinstance(data, QuantizedData) else data.read(wanted).clone()
+        if isinstance(data, QuantizedData):
+            return data.quantized(wanted)
+        values = data.read(wanted).clone()
+        return _codes(values) if isinstance(self.encoding.scale, ElementType) else values
+
+
+def _codes(values: torch.Tensor) -> torch.Tensor:
+    """Codes as the IR takes them: the bits of floats of 8 bits, and dtypes that torch computes with."""
+    import torch
+
+    if values.dtype.is_floating_point:
+        return values.view(torch.uint8)
+    return values.to(torch.int32) if values.dtype == torch.uint16 else values
 
 
 def reshaped(data: Data, shape: tuple[int, ...]) -> Data:

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 _ELEMENTS = {
     element.name: element
-    for element in (e.INT8, e.UINT8, e.INT4, e.UINT4, e.INT2, e.UINT2, e.FLOAT8_E4M3FN, e.FLOAT8_E5M2, e.FLOAT4_E2M1FN)
+    for element in (
+        *(e.INT8, e.UINT8, e.INT4, e.UINT4, e.INT2, e.UINT2, e.integer(16), e.integer(16, signed=False)),
+        *(e.FLOAT8_E4M3FN, e.FLOAT8_E5M2, e.FLOAT4_E2M1FN),
+    )
 }
 _SUFFIX = re.compile(r"[._](quantized|codes)$")
 
@@ -66,7 +69,9 @@ def encoded(
     zeros, shift = _zero_points(element, zero_point, grid)
     if shift:
         element = e.integer(element.bits, signed=False)
-    param: str | e.Encoding = where.encoding if isinstance(where, QuantizedData) else where.dtype
+    param: e.Param = where.encoding if isinstance(where, QuantizedData) else where.dtype
+    if param == e.FLOAT8_E8M0FNU.name:
+        param = e.FLOAT8_E8M0FNU
     unsigned = element.kind == "int" and not element.signed
     try:
         found = e.Encoding(element, block, param, zero_point=element if unsigned else None)
@@ -96,13 +101,28 @@ def _zero_points(element: e.ElementType, given: Data | None, grid: tuple[int, ..
 
 def _weight(graph: OnnxGraph, node: ir.Node) -> bool:
     """``DequantizeLinear(codes, scale[, zero point])`` of constants."""
-    codes = graph.constant(node.inputs[0])
+    source, turned = _untransposed(node.inputs[0])
+    codes = graph.constant(source)
     if codes is None or isinstance(codes, QuantizedData):
         return False
-    found = _dequantized(graph, node, codes, attribute(node, "axis", 1))
+    axis = attribute(node, "axis", 1)
+    found = _dequantized(graph, node, codes, 1 - axis % 2 if turned else axis, turned=turned)
     if found is None:
         return False
-    _become(graph, node.inputs[0], found, [node.outputs[0]])
+    if not turned:
+        _become(graph, source, found, [node.outputs[0]])
+        return True
+    made = ir.node("Transpose", [None], {"perm": [1, 0]}, num_outputs=1)
+    graph.model.graph.insert_before(node, made)
+    made.outputs[0].shape, made.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+    _become(graph, source, found, [], into=(made, 0))
+    _replace(graph, node.outputs[0], made.outputs[0])
+    for use in list(made.outputs[0].uses()):  # a Gemm transposes on its own
+        if use.node.op_type == "Gemm" and use.idx == 1:
+            use.node.attributes["transB"] = ir.AttrInt64("transB", 1 - attribute(use.node, "transB", 0))
+            use.node.replace_input_with(1, made.inputs[0])
+    if not made.outputs[0].uses() and not made.outputs[0].is_graph_output():
+        graph.model.graph.remove(made, safe=True)
     return True
 
 
@@ -118,10 +138,14 @@ def _gathered(graph: OnnxGraph, node: ir.Node) -> bool:
     axis = attribute(node, "axis", 1)
     rank = None if ids is None or ids.shape is None else len(ids.shape) + 1
     last = axis == -1 or (rank is not None and axis == rank - 1)
-    scale = graph.constant(node.inputs[1])
-    if scale is None or (math.prod(scale.shape) != 1 and not last) or attribute(node, "block_size", 0):
+    size = attribute(node, "block_size", 0)
+    params = [_looked_up(graph, value, ids) if size else graph.constant(value) for value in node.inputs[1:3]]
+    scale, zeros = [*params, None][:2]
+    if scale is None or (math.prod(scale.shape) != 1 and not last) or (zeros is None and len(params) > 1):
         return False
-    found = _dequantized(graph, node, codes, 1)
+    found = encoded(codes, scale, zeros, 1, size)
+    if isinstance(found, QuantizedData) and size and found.shape[1] == size:  # one block is the whole row
+        found = dataclasses.replace(found, encoding=dataclasses.replace(found.encoding, block=e.per_row(2)))
     if found is None:
         return False
     made = ir.node("Gather", [None, ids], name=gather.name, num_outputs=1)
@@ -132,10 +156,19 @@ def _gathered(graph: OnnxGraph, node: ir.Node) -> bool:
     return True
 
 
+def _looked_up(graph: OnnxGraph, value: ir.Value | None, ids: ir.Value | None) -> Data | None:
+    """Parameters that are looked up with the same indices as the codes."""
+    gather = value.producer() if value is not None else None
+    if gather is None or gather.op_type != "Gather" or attribute(gather, "axis", 0) or gather.inputs[1] is not ids:
+        return None
+    return graph.constant(gather.inputs[0])
+
+
 def _integer_matmul(graph: OnnxGraph, node: ir.Node) -> bool:
     """``Mul(Cast(MatMulInteger(q, codes, zero, zeros)), Mul(x scale, scale))`` behind DynamicQuantizeLinear."""
     quantize = node.inputs[0].producer() if node.inputs[0] is not None else None
-    codes = graph.constant(node.inputs[1])
+    source, turned = _untransposed(node.inputs[1])
+    codes = graph.constant(source)
     if quantize is None or quantize.op_type != "DynamicQuantizeLinear" or codes is None:
         return False
     cast = _only_use(node.outputs[0], "Cast")
@@ -147,15 +180,19 @@ def _integer_matmul(graph: OnnxGraph, node: ir.Node) -> bool:
         return False
     weight_scale, result = found
     zeros = graph.constant(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
-    weight = encoded(codes, _flat(weight_scale), zeros, len(codes.shape) - 1, 0)
+    x = quantize.inputs[0]
+    if turned and (x is None or x.shape is None or len(x.shape) != 2):
+        return False
+    weight = encoded(codes, _flat(weight_scale), zeros, 0 if turned else len(codes.shape) - 1, 0)
     if not isinstance(weight, QuantizedData):
         return False
     activation = e.ActivationQuant(e.UINT8, "tensor", dynamic=True, symmetric=False)
     weight = dataclasses.replace(weight, activation=activation)
-    made = ir.node("MatMul", [quantize.inputs[0], None], name=node.name, num_outputs=1)
+    kind, attributes = ("Gemm", {"transB": 1}) if turned else ("MatMul", {})
+    made = ir.node(kind, [x, None], attributes, name=node.name, num_outputs=1)
     graph.model.graph.insert_before(node, made)
     made.outputs[0].shape, made.outputs[0].type = result.shape, result.type
-    _become(graph, node.inputs[1], weight, [], into=(made, 1))
+    _become(graph, source, weight, [], into=(made, 1))
     _replace(graph, result, made.outputs[0])
     return True
 
@@ -226,8 +263,25 @@ def _activations_of_weights(graph: OnnxGraph) -> None:
                 graph.data[name] = dataclasses.replace(data, activation=static)
 
 
-def _dequantized(graph: OnnxGraph, node: ir.Node, codes: Data, axis: int) -> QuantizedData | MemoryData | None:
+def _untransposed(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
+    """What a matrix was before a Transpose, and whether there is one."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "Transpose":
+        return value, False
+    perm = node.attributes.get("perm")
+    if perm is not None and list(perm.as_ints()) != [1, 0]:
+        return value, False
+    return node.inputs[0], True
+
+
+def _dequantized(
+    graph: OnnxGraph, node: ir.Node, codes: Data, axis: int, *, turned: bool = False
+) -> QuantizedData | MemoryData | None:
     inputs = [*node.inputs, None][:3]
+    if turned:
+        inputs = [_untransposed(value)[0] for value in inputs]
+    if (cast := inputs[1].producer() if inputs[1] is not None else None) is not None and cast.op_type == "Cast":
+        inputs[1] = cast.inputs[0]  # of powers of two, which are no floats to DequantizeLinear
     scale, zeros = graph.constant(inputs[1]), graph.constant(inputs[2])
     if scale is None or (zeros is None and inputs[2] is not None):
         return None

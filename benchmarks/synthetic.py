@@ -33,11 +33,12 @@ class Geometry:
     hidden: int
     ffn: int
     layers: int
+    vocabulary: int = VOCABULARY
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every tensor, by name."""
         hidden, ffn = self.hidden, self.ffn
-        yield "model.embed_tokens.weight", (VOCABULARY, hidden)
+        yield "model.embed_tokens.weight", (self.vocabulary, hidden)
         for i in range(self.layers):
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 yield f"model.layers.{i}.self_attn.{name}.weight", (hidden, hidden)
@@ -47,7 +48,7 @@ class Geometry:
             yield f"model.layers.{i}.input_layernorm.weight", (hidden,)
             yield f"model.layers.{i}.post_attention_layernorm.weight", (hidden,)
         yield "model.norm.weight", (hidden,)
-        yield "lm_head.weight", (VOCABULARY, hidden)
+        yield "lm_head.weight", (self.vocabulary, hidden)
 
     @property
     def config(self) -> dict[str, object]:
@@ -61,7 +62,9 @@ class Geometry:
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.hidden // 64,
             "num_key_value_heads": self.hidden // 64,
-            "vocab_size": VOCABULARY,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
             "tie_word_embeddings": False,
         }
 

@@ -6,6 +6,7 @@ encoding adds an offset: the float16 beside the minima is stored with the other 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 from monoquant_core.encoding import (
@@ -70,6 +71,7 @@ class Layout:
         return row // self.block_size * self.type_size
 
 
+@functools.lru_cache(maxsize=256)
 def _of_rank(encoding: Encoding, ndim: int) -> Encoding:
     def lift(param: Param | None) -> Param | None:
         return _of_rank(param, ndim) if isinstance(param, Encoding) else param

@@ -22,7 +22,7 @@ from monoquant_gguf.layouts import Layout
 from monoquant_gguf.quantizer import accelerator
 
 #: elements at a time, at least a row: what a search in torch keeps beside them stays in the cache
-SPAN, COMPILED_SPAN = 1 << 16, 1 << 18
+SPAN, COMPILED_SPAN = 1 << 16, 1 << 19
 
 
 @functools.lru_cache(maxsize=1)

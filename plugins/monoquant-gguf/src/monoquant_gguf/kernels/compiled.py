@@ -1,7 +1,7 @@
 """The searches of :mod:`.lanes`, compiled by numba: same arguments, same bits, many times as fast.
 
-Needs the extra ``fast``. 16 lanes at a time are transposed and then searched as vectors (:mod:`.simd`), the sum of
-every lane in its order. Without fastmath no product and sum are fused and nothing is reordered.
+Needs the extra ``fast``. Lanes are transposed and then searched as vectors (:mod:`.simd`), the sum of each in its order.
+Without fastmath no product and sum are fused and nothing is reordered.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from monoquant_gguf.kernels.compiled_fits import refined, scaled
 from monoquant_gguf.kernels.jit import first_extreme, from_table, greater, helper, jit, smaller, to_level, transpose
 from monoquant_gguf.kernels.lanes import TINY
 from monoquant_gguf.kernels.simd import (
+    ROW,
     WIDTH,
     load,
+    load_row,
     magnitude,
     nowhere,
     root,
     some,
     splat,
+    splat_like,
+    splat_row,
     store,
     where,
 )
@@ -91,12 +95,13 @@ def _array(x: torch.Tensor | None) -> np.ndarray[Any, Any]:
 def _symmetric(values: Any, weights: Any, half: Any, scales: Any, codes: Any) -> None:
     lanes, n = values.shape
     x, w, wx = np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F)
-    found = np.empty((3, WIDTH), _F)
+    found, starts = np.empty((3, WIDTH), _F), np.empty(ROW, np.int64)
     zero, lowest, highest = splat(_ZERO), splat(-half), splat(half - _ONE)
+    row_lowest, row_highest = splat_row(-half), splat_row(half - _ONE)
     for start in range(0, lanes, WIDTH):
-        transpose(values, start, x)
+        transpose(values, start, starts, x)
         if weights.size:
-            transpose(weights, start, w)
+            transpose(weights, start, starts, w)
         for at in range(0, x.size, WIDTH):
             if not weights.size:
                 store(w, at, load(x, at) * load(x, at))
@@ -128,19 +133,20 @@ def _symmetric(values: Any, weights: Any, half: Any, scales: Any, codes: Any) ->
         for j in range(min(WIDTH, lanes - start)):
             empty = found[0, j] < _TINY
             scales[start + j] = _ZERO if empty else found[1, j]
-            inverse = splat(found[2, j])
-            for i in range(0, n, WIDTH):
-                at = (start + j) * n + i
-                store(codes, at, lowest if empty else to_level(inverse * load(values, at), lowest, highest))
+            by = splat_row(found[2, j])
+            for at in range((start + j) * n, (start + j + 1) * n, ROW):
+                level = to_level(by * load_row(values, at), row_lowest, row_highest)
+                store(codes, at, row_lowest if empty else level)
 
 
 @jit
 def _descent(values: Any, half: Any, scales: Any, codes: Any) -> None:
     lanes, n = values.shape
-    x, levels, found = np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F), np.empty((2, WIDTH), _F)
+    x, levels = np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F)
+    found, starts = np.empty((2, WIDTH), _F), np.empty(ROW, np.int64)
     zero, lowest, highest = splat(_ZERO), splat(-half), splat(half - _ONE)
     for start in range(0, lanes, WIDTH):
-        transpose(values, start, x)
+        transpose(values, start, starts, x)
         size, extreme = first_extreme(x)
         inverse = lowest / extreme
         xl, ll = zero, zero
@@ -195,7 +201,7 @@ def _error(scale: Any, level: Any, minimum: Any, x: Any, w: Any, absolute: bool)
 
 @helper
 def _step(x: Any, inverse: Any, low: Any, top: Any, guarded: bool) -> Any:
-    value, zero = inverse * (x - low), splat(_ZERO)
+    value, zero = inverse * (x - low), splat_like(x, _ZERO)
     if guarded:
         value = smaller(greater(value, zero), top)
     return to_level(value, zero, top)
@@ -215,12 +221,12 @@ def _ranged(
 ) -> None:
     lanes, n = values.shape
     x, w, tried = np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F)
-    kept = np.empty((5, WIDTH), _F)
+    kept, starts = np.empty((5, WIDTH), _F), np.empty(ROW, np.int64)
     zero, top = splat(_ZERO), splat(levels)
     for start in range(0, lanes, WIDTH):
-        transpose(values, start, x)
+        transpose(values, start, starts, x)
         if weights.size:
-            transpose(weights, start, w)
+            transpose(weights, start, starts, w)
         else:
             _range_weights(x, w)
         low, high, sum_w = load(x, 0), load(x, 0), load(w, 0)
@@ -266,22 +272,22 @@ def _ranged(
         store(kept, 4 * WIDTH, where(empty, splat(-_ONE), where(clipped, splat(_ONE), zero)))
         for j in range(min(WIDTH, lanes - start)):
             scales[start + j], minima[start + j] = kept[0, j], -kept[1, j]
-            inverse, low = splat(kept[2, j]), splat(kept[3, j])
-            for i in range(0, n, WIDTH):
-                at = (start + j) * n + i
-                guard = guarded and kept[4, j] > _ZERO
-                store(codes, at, zero if kept[4, j] < _ZERO else _step(load(values, at), inverse, low, top, guard))
+            by, under = splat_row(kept[2, j]), splat_row(kept[3, j])
+            guard = guarded and kept[4, j] > _ZERO
+            for at in range((start + j) * n, (start + j + 1) * n, ROW):
+                level = _step(load_row(values, at), by, under, splat_row(levels), guard)
+                store(codes, at, splat_row(_ZERO) if kept[4, j] < _ZERO else level)
 
 
 @jit
 def _codebook(values: Any, weights: Any, table: Any, middles: Any, tries: int, scales: Any) -> None:
     lanes, n = values.shape
     x, w = np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F)
-    found = np.empty(WIDTH, _F)
+    found, starts = np.empty(WIDTH, _F), np.empty(ROW, np.int64)
     zero, first = splat(_ZERO), splat(table[0])
     for start in range(0, lanes, WIDTH):
-        transpose(values, start, x)
-        transpose(weights, start, w)
+        transpose(values, start, starts, x)
+        transpose(weights, start, starts, w)
         size, extreme = first_extreme(x)
         best, scale = zero, zero
         for turn in range(2 * tries + 2):
@@ -308,11 +314,11 @@ def _codebook(values: Any, weights: Any, table: Any, middles: Any, tries: int, s
 @jit
 def _rounded(values: Any, scale: Any, added: Any, searched: Any, low: Any, high: Any, codes: Any) -> None:
     lanes, n = values.shape
-    lowest, highest = splat(low), splat(high)
+    lowest, highest = splat_row(low), splat_row(high)
     for lane in range(lanes):
-        by, plus = splat(scale[lane]), splat(added[lane])
+        by, plus = splat_row(scale[lane]), splat_row(added[lane])
         if scale[lane] == _ZERO:
             codes[lane] = searched[lane]
             continue
-        for at in range(lane * n, lane * n + n, WIDTH):
-            store(codes, at, to_level((load(values, at) + plus) / by, lowest, highest))
+        for at in range(lane * n, lane * n + n, ROW):
+            store(codes, at, to_level((load_row(values, at) + plus) / by, lowest, highest))

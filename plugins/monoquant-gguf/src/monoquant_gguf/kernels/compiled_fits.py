@@ -9,7 +9,19 @@ import torch
 
 from monoquant_gguf.kernels.fits import CANDIDATES, FINEST, LEAST, MARGIN, MOST, Grid, Nested
 from monoquant_gguf.kernels.jit import first_extreme, from_table, greater, helper, jit, smaller, transpose
-from monoquant_gguf.kernels.simd import WIDTH, load, magnitude, root, splat, store, where
+from monoquant_gguf.kernels.simd import (
+    ROW,
+    WIDTH,
+    load,
+    load_row,
+    magnitude,
+    root,
+    splat,
+    splat_like,
+    splat_row,
+    store,
+    where,
+)
 
 _F, _D = np.float32, np.float64
 _ZERO, _ONE = _F(0), _F(1)
@@ -84,7 +96,7 @@ def _inverse(value: Any) -> Any:
 @helper
 def _clipped(value: Any, low: Any, high: Any) -> Any:
     """Within a range, NaN at its low end; then the nearest whole number, ties to even."""
-    magic = splat(_MAGIC)
+    magic = splat_like(value, _MAGIC)
     return smaller(greater(value, low), high) + magic - magic
 
 
@@ -108,13 +120,13 @@ def _scaled(
 ) -> None:
     lanes, n = values.shape
     x, w, wx, levels = np.empty(n * WIDTH, _F), np.ones(n * WIDTH, _F), np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F)
-    now, new = np.empty(WIDTH, _F), np.empty((3, WIDTH), _F)
+    now, new, starts = np.empty(WIDTH, _F), np.empty((3, WIDTH), _F), np.empty(ROW, np.int64)
     zero, low, high = splat(_ZERO), splat(lowest), splat(highest)
     for start in range(0, lanes, WIDTH):
-        transpose(values, start, x)
-        transpose(codes, start, levels)
+        transpose(values, start, starts, x)
+        transpose(codes, start, starts, levels)
         if weights.size:
-            transpose(weights, start, w)
+            transpose(weights, start, starts, w)
         _, extreme = first_extreme(x)
         squares = zero
         for at in range(0, x.size, WIDTH):
@@ -149,9 +161,9 @@ def _scaled(
         for j in range(min(WIDTH, lanes - start)):
             if new[2, j] > _ZERO:
                 scales[start + j] = new[0, j]
-                inverse = splat(new[1, j])
-                for at in range((start + j) * n, (start + j + 1) * n, WIDTH):
-                    store(codes, at, _clipped(load(values, at) * inverse, low, high))
+                by = splat_row(new[1, j])
+                for at in range((start + j) * n, (start + j + 1) * n, ROW):
+                    store(codes, at, _clipped(load_row(values, at) * by, splat_row(lowest), splat_row(highest)))
 
 
 @helper
@@ -261,9 +273,9 @@ def _write(
     codes: Any, values: Any, first: int, last: int, inverse: Any, below: Any, bounds: Any, table: Any, middles: Any
 ) -> None:
     """Nearest codes of the elements of a lane; the table is that of indices."""
-    low, high = splat(bounds[0]), splat(bounds[1])
-    for at in range(first, last, WIDTH):
-        steps = (load(values, at) + splat(below)) * splat(inverse)
+    low, high = splat_row(bounds[0]), splat_row(bounds[1])
+    for at in range(first, last, ROW):
+        steps = (load_row(values, at) + splat_row(below)) * splat_row(inverse)
         store(codes, at, _value(steps, low, high, table, middles))
 
 
@@ -281,15 +293,15 @@ def _refined(
 ) -> None:
     lanes, n = values.shape
     x, w = np.empty(n * WIDTH, _F), np.ones(n * WIDTH, _F)
-    levels, tried = np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F)
+    levels, tried, starts = np.empty(n * WIDTH, _F), np.empty(n * WIDTH, _F), np.empty(ROW, np.int64)
     #: rows: d, scale, dmin, minimum, error, whether it has changed; then what belongs to whole blocks
     now, new, sums = np.zeros((6, WIDTH), _F), np.zeros((8, WIDTH), _F), np.empty((5, WIDTH), _F)
     indices = np.arange(table.size).astype(_F)
     for start in range(0, lanes, WIDTH):
-        transpose(values, start, x)
-        transpose(codes, start, levels)
+        transpose(values, start, starts, x)
+        transpose(codes, start, starts, levels)
         if weights.size:
-            transpose(weights, start, w)
+            transpose(weights, start, starts, w)
         for i in range(levels.size if table.size else 0):
             levels[i] = table[int(levels[i])]
         for row in range(4):

@@ -9,7 +9,7 @@ import numba
 import numpy as np
 from numba.extending import register_jitable
 
-from monoquant_gguf.kernels.simd import WIDTH, load, magnitude, nearest, splat, transpose_square, where
+from monoquant_gguf.kernels.simd import ROW, WIDTH, load, magnitude, nearest, splat, splat_like, transpose_square, where
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -55,14 +55,14 @@ def to_level(value: Any, low: Any, high: Any) -> Any:
 
 
 @helper
-def transpose(source: Any, start: int, out: Any) -> None:
+def transpose(source: Any, start: int, starts: Any, out: Any) -> None:
     """Lanes from ``start`` as columns; where there are no more, the last one again."""
     last, n = source.shape[0] - 1, source.shape[1]
-    starts = np.empty(WIDTH, np.int64)
-    for j in range(WIDTH):
-        starts[j] = min(start + j, last) * n
-    for i in range(0, n, WIDTH):
-        transpose_square(source, starts, i, out, i * WIDTH)
+    for column in range(0, WIDTH, ROW):
+        for j in range(ROW):
+            starts[j] = min(start + column + j, last) * n
+        for i in range(0, n, ROW):
+            transpose_square(source, starts, i, out, i * WIDTH + column)
 
 
 @helper
@@ -79,7 +79,7 @@ def first_extreme(x: Any) -> Any:
 @helper
 def from_table(value: Any, table: Any, middles: Any) -> Any:
     """The value of the table that is nearest, the larger one of two."""
-    doubled, found = value + value, splat(table[0])
+    doubled, found = value + value, splat_like(value, table[0])
     for m in range(middles.size):
-        found = where(doubled >= splat(middles[m]), splat(table[m + 1]), found)
+        found = where(doubled >= splat_like(value, middles[m]), splat_like(value, table[m + 1]), found)
     return found

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from monoquant_core.blocks import absmax, check_finite
+from monoquant_core.blocks import check_finite
 from monoquant_core.encoding import Encoding
 from monoquant_core.errors import QuantizationError
 from monoquant_core.schemes import Context
@@ -49,18 +49,19 @@ def quantize(
         context's.
     :raises QuantizationError: for NaN and infinity, and for values beyond what float16 scales hold.
     """
-    matrix = rows.reshape(-1, rows.shape[-1]).to(torch.float32).contiguous()
+    matrix = rows.reshape(-1, rows.shape[-1])
     weights = _importance(context, importance, matrix)
     compiled = _compiled() if matrix.device.type == "cpu" else None
     lanes = compiled or in_torch
     pieces = []
     for span in _spans(context, matrix, weights, SPAN if compiled is None else COMPILED_SPAN):
-        piece = matrix[span.start : span.stop]
+        piece = matrix[span.start : span.stop].to(torch.float32).contiguous()
         weight = None
         if weights is not None:
             per_matrix = max(1, context.spec.shape[-2])
             weight = weights[(context.rows.start + span.start) // per_matrix if len(weights) > 1 else 0]
-        if not bool(absmax(piece).isfinite().all()):
+        flat = piece.view(-1)
+        if not math.isfinite(float(torch.dot(flat, flat))):  # squares of finite values may overflow, too
             check_finite(rows, context)
         if search:
             parts = better.quantize(layout, piece, weight, lanes)

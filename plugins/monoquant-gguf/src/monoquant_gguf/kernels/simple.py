@@ -48,39 +48,32 @@ def _divide(x: torch.Tensor, by: float) -> torch.Tensor:
     return x / torch.tensor(by, dtype=torch.float32, device=x.device)
 
 
-def _steps(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """``x * factor``; minus infinity for what is not finite."""
+def _steps(x: torch.Tensor, factor: torch.Tensor, added: float = 0.0) -> torch.Tensor:
+    """``x * factor + added``; 0 for what is not finite."""
     steps = x * factor.unsqueeze(1)
+    if added:
+        steps += added
     if not bool(factor.isfinite().all()):
-        steps = torch.where(steps.isfinite(), steps, -torch.inf)
+        steps = torch.where(steps.isfinite(), steps, 0.0)
     return steps
-
-
-def _to_bytes(steps: torch.Tensor, factor: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    """Truncated, within the codes' range; 0 for what is not finite."""
-    if not bool(factor.isfinite().all()):
-        steps = steps.masked_fill(steps.isinf(), 0.0)
-    return steps.clamp_(low, high).to(torch.int8)
 
 
 def _away_from_zero(steps: torch.Tensor) -> torch.Tensor:
     """Moved so that truncation rounds, halves away from zero."""
-    return steps.add_(torch.full_like(steps, _HALF).copysign_(steps))
+    return steps.add_(steps.sign(), alpha=_HALF)
 
 
 def q8_0(x: torch.Tensor) -> Parts:
     """The largest magnitude becomes 127."""
     d = _divide(_magnitude(x), 127)
-    factor = inverse(d)
-    steps = _away_from_zero(_steps(x, factor))
-    return Parts(_to_bytes(steps, factor, -127, 127), d.to(torch.float16))
+    steps = _away_from_zero(_steps(x, inverse(d)))
+    return Parts(steps.to(torch.int8), d.to(torch.float16))
 
 
 def _symmetric(x: torch.Tensor, half: int) -> Parts:
     d = signed_extreme(x) / -half
-    factor = inverse(d)
-    steps = _steps(x, factor).add_(half + 0.5)
-    return Parts(_to_bytes(steps, factor, 0, 2 * half - 1).sub_(half), d.to(torch.float16))
+    codes = _steps(x, inverse(d), half + 0.5).to(torch.int8)
+    return Parts(codes.clamp_(max=2 * half - 1).sub_(half), d.to(torch.float16))
 
 
 def q4_0(x: torch.Tensor) -> Parts:
@@ -96,10 +89,8 @@ def q5_0(x: torch.Tensor) -> Parts:
 def _range(x: torch.Tensor, levels: int) -> Parts:
     low = smallest(x)
     d = _divide(x.amax(1) - low, levels) + 0.0
-    factor = inverse(d)
-    steps = _steps(x - low.unsqueeze(1), factor).add_(0.5)
-    codes = _to_bytes(steps, factor, 0, levels).view(torch.uint8)
-    return Parts(codes, d.to(torch.float16), dmin=low.to(torch.float16))
+    codes = _steps(x - low.unsqueeze(1), inverse(d), 0.5).to(torch.int8)
+    return Parts(codes.clamp_(max=levels).view(torch.uint8), d.to(torch.float16), dmin=low.to(torch.float16))
 
 
 def q4_1(x: torch.Tensor) -> Parts:
@@ -115,9 +106,7 @@ def q5_1(x: torch.Tensor) -> Parts:
 def ternary(x: torch.Tensor) -> Parts:
     """Nearest of -1, 0 and 1 times the largest magnitude."""
     d = _magnitude(x)
-    factor = inverse(d)
-    steps = _away_from_zero(_steps(x, factor))
-    return Parts(_to_bytes(steps, factor, -1, 1), d.to(torch.float16))
+    return Parts(_away_from_zero(_steps(x, inverse(d))).to(torch.int8), d.to(torch.float16))
 
 
 #: halfway between the magnitudes of e2m1, in halves of its unit

@@ -1,7 +1,7 @@
 """The searches of :mod:`.lanes`, compiled by numba: same arguments, same bits, many times as fast.
 
-Needs the extra ``fast``. Lanes are transposed and then searched as vectors (:mod:`.simd`), the sum of each in its order.
-Without fastmath no product and sum are fused and nothing is reordered.
+Needs the extra ``fast``. Lanes are transposed and then searched as vectors (:mod:`.simd`), the sum of each in its
+order. Without fastmath no product and sum are fused and nothing is reordered.
 """
 
 from __future__ import annotations

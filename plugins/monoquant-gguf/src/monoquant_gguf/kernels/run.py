@@ -13,16 +13,19 @@ from monoquant_core.blocks import check_finite
 from monoquant_core.encoding import Encoding
 from monoquant_core.errors import QuantizationError
 from monoquant_core.schemes import Context
+from monoquant_core.scratch import Scratch
 from monoquant_core.tensor import QuantizedTensor
 from monoquant_gguf.blocks.parts import Parts, to_tensor
 from monoquant_gguf.kernels import lanes as in_torch
 from monoquant_gguf.kernels import search as better
 from monoquant_gguf.kernels import searched
+from monoquant_gguf.kernels.simple import SIMPLE
 from monoquant_gguf.layouts import Layout
 from monoquant_gguf.quantizer import accelerator
 
-#: elements at a time, at least a row: what a search in torch keeps beside them stays in the cache
-SPAN, COMPILED_SPAN = 1 << 16, 1 << 19
+#: Elements at a time, at least a row: what torch keeps beside them stays in the cache, which is more in a search.
+#: A compiled search keeps little.
+SIMPLE_SPAN, SEARCH_SPAN, COMPILED_SPAN = 1 << 17, 1 << 16, 1 << 19
 
 
 @functools.lru_cache(maxsize=1)
@@ -51,26 +54,39 @@ def quantize(
     """
     matrix = rows.reshape(-1, rows.shape[-1])
     weights = _importance(context, importance, matrix)
-    compiled = _compiled() if matrix.device.type == "cpu" else None
-    lanes = compiled or in_torch
+    # Scales that are made of extremes are not finite where a value is not.
+    plain = layout.name in SIMPLE and layout.name != "MXFP4" and weights is None
+    lanes, elements = _searches(layout, weights, search, matrix.device)
     pieces = []
-    for span in _spans(context, matrix, weights, SPAN if compiled is None else COMPILED_SPAN):
+    for span in _spans(context, matrix, weights, elements):
         piece = matrix[span.start : span.stop].to(torch.float32).contiguous()
         weight = None
         if weights is not None:
             per_matrix = max(1, context.spec.shape[-2])
             weight = weights[(context.rows.start + span.start) // per_matrix if len(weights) > 1 else 0]
-        flat = piece.view(-1)
-        if not math.isfinite(float(torch.dot(flat, flat))):  # squares of finite values may overflow, too
-            check_finite(rows, context)
+        if not plain:
+            flat = piece.view(-1)
+            if not math.isfinite(float(torch.dot(flat, flat))):  # squares of finite values may overflow, too
+                check_finite(rows, context)
         if search:
             parts = better.quantize(layout, piece, weight, lanes)
         else:
             parts = searched.quantize(layout.name, piece, layout.block_size, weight, lanes)
-        _check_held(parts, context)
+        _check_held(parts, rows, context)
         pieces.append(parts)
-    tensor = to_tensor(_joined(pieces), layout, tuple(rows.shape))
+    tensor = to_tensor(_joined(pieces, context.scratch), layout, tuple(rows.shape))
     return QuantizedTensor(encoding, tensor.codes, tensor.scale, None, tensor.offset)
+
+
+def _searches(
+    layout: Layout, weights: torch.Tensor | None, search: bool, device: torch.device
+) -> tuple[ModuleType, int]:
+    """What runs the searches, and how many elements at a time."""
+    if layout.name in SIMPLE and weights is None and not (search and layout.name in better.NORMAL_STEP):
+        return in_torch, SEARCH_SPAN if search else SIMPLE_SPAN
+    if device.type == "cpu" and (compiled := _compiled()) is not None:
+        return compiled, COMPILED_SPAN
+    return in_torch, SEARCH_SPAN
 
 
 def _spans(context: Context, matrix: torch.Tensor, weights: torch.Tensor | None, elements: int) -> Iterator[range]:
@@ -102,16 +118,17 @@ def _importance(context: Context, given: torch.Tensor | None, matrix: torch.Tens
     return given.to(matrix.device, torch.float32)
 
 
-def _check_held(parts: Parts, context: Context) -> None:
+def _check_held(parts: Parts, rows: torch.Tensor, context: Context) -> None:
     for unit in (parts.d, parts.dmin):
         if unit is not None and unit.is_floating_point() and not bool(unit.isfinite().all()):
+            check_finite(rows, context)
             raise QuantizationError(
                 f"{context.spec.name}: its values are beyond what float16 scales hold",
                 hint=f"leave the tensor as it is: --keep '{context.spec.name}'",
             )
 
 
-def _joined(pieces: list[Parts]) -> Parts:
+def _joined(pieces: list[Parts], scratch: Scratch) -> Parts:
     if len(pieces) == 1:
         return pieces[0]
 
@@ -119,8 +136,10 @@ def _joined(pieces: list[Parts]) -> Parts:
         present = [field for field in fields if field is not None]
         return torch.cat(present) if present else None
 
-    codes, d = join([p.codes for p in pieces]), join([p.d for p in pieces])
-    assert codes is not None
+    first = pieces[0].codes
+    shape = sum(len(p.codes) for p in pieces), first.shape[1]
+    codes = torch.cat([p.codes for p in pieces], out=scratch.take("gguf.codes", shape, first.dtype, first.device))
+    d = join([p.d for p in pieces])
     assert d is not None
     others = (join([getattr(p, name) for p in pieces]) for name in ("scales", "dmin", "mins"))
     return Parts(codes, d, *others)

@@ -22,7 +22,7 @@ from monoquant_gguf.kernels.simple import mxfp4, mxfp4_codes
 from monoquant_gguf.layouts import IQ4_VALUES, TERNARY, Layout
 
 #: the step that suits a unit normal best: J. Max, "Quantizing for minimum distortion" (1960), table II
-_NORMAL_STEP = {"Q4_0": 0.3352, "Q5_0": 0.1881, "Q8_0": 0.0308}
+NORMAL_STEP = {"Q4_0": 0.3352, "Q5_0": 0.1881, "Q8_0": 0.0308}
 
 _HALF_MAX, _HALF_TINY = 65504.0, 2.0**-24
 
@@ -37,7 +37,7 @@ def quantize(layout: Layout, rows: torch.Tensor, importance: torch.Tensor | None
     start = searched.quantize(layout.name, rows, layout.block_size, importance, lanes)
     if start.scales is not None:
         return _refined(problem, start, lanes)
-    if layout.name in _NORMAL_STEP:
+    if layout.name in NORMAL_STEP:
         return _scaled(problem, start, lanes)
     return _best(problem, [start, *_OTHERS[layout.name](problem, start, lanes)])
 
@@ -103,7 +103,7 @@ def _scaled(problem: _Problem, start: Parts, lanes: ModuleType) -> Parts:
     """Types with one scale for a block."""
     low, high = problem.layout.encoding_for(2).element.code_range
     grid = Grid(-high if high == 127 else low, high)
-    step = _NORMAL_STEP[problem.layout.name]
+    step = NORMAL_STEP[problem.layout.name]
     codes, d = lanes.scaled(problem.x, problem.weights, start.codes, start.d.float(), grid, step)
     return Parts(codes, d.to(torch.float16))
 

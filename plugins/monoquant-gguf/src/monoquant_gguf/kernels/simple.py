@@ -30,7 +30,8 @@ def signed_extreme(x: torch.Tensor) -> torch.Tensor:
 
 
 def _magnitude(x: torch.Tensor) -> torch.Tensor:
-    return torch.maximum(x.amax(1), -x.amin(1)).abs_()
+    # Without the sign, floats are in the order of their bits; one maximum of integers takes half the time of two.
+    return (x.view(torch.int32) & 0x7FFFFFFF).amax(1).view(torch.float32)
 
 
 def smallest(x: torch.Tensor) -> torch.Tensor:

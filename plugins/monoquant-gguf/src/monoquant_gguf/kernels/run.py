@@ -25,7 +25,7 @@ from monoquant_gguf.quantizer import accelerator
 
 #: Elements at a time, at least a row: what torch keeps beside them stays in the cache, which is more in a search.
 #: A compiled search keeps little.
-SIMPLE_SPAN, SEARCH_SPAN, COMPILED_SPAN = 1 << 17, 1 << 16, 1 << 19
+SIMPLE_SPAN, SEARCH_SPAN, COMPILED_SPAN = 1 << 18, 1 << 16, 1 << 19
 
 
 @functools.lru_cache(maxsize=1)
@@ -69,9 +69,9 @@ def quantize(
             if not math.isfinite(float(torch.dot(flat, flat))):  # squares of finite values may overflow, too
                 check_finite(rows, context)
         if search:
-            parts = better.quantize(layout, piece, weight, lanes)
+            parts = better.quantize(layout, piece, weight, lanes, context.scratch)
         else:
-            parts = searched.quantize(layout.name, piece, layout.block_size, weight, lanes)
+            parts = searched.quantize(layout.name, piece, layout.block_size, weight, lanes, context.scratch)
         _check_held(parts, rows, context)
         pieces.append(parts)
     tensor = to_tensor(_joined(pieces, context.scratch), layout, tuple(rows.shape))

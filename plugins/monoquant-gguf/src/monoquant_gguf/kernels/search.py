@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from monoquant_core.encoding import Encoding
+from monoquant_core.scratch import Scratch
 from monoquant_gguf.blocks.parts import Parts, to_tensor
 from monoquant_gguf.kernels import searched
 from monoquant_gguf.kernels.fits import CANDIDATES, Grid, Nested
@@ -27,14 +28,20 @@ NORMAL_STEP = {"Q4_0": 0.3352, "Q5_0": 0.1881, "Q8_0": 0.0308}
 _HALF_MAX, _HALF_TINY = 65504.0, 2.0**-24
 
 
-def quantize(layout: Layout, rows: torch.Tensor, importance: torch.Tensor | None, lanes: ModuleType) -> Parts:
+def quantize(
+    layout: Layout,
+    rows: torch.Tensor,
+    importance: torch.Tensor | None,
+    lanes: ModuleType,
+    scratch: Scratch | None = None,
+) -> Parts:
     """Blocks of a type whose squared error is at most that of llama.cpp's.
 
     :param rows: float32 ``[rows, columns]``.
     :param importance: float32 ``[columns]``.
     """
     problem = _Problem.of(layout, rows, importance)
-    start = searched.quantize(layout.name, rows, layout.block_size, importance, lanes)
+    start = searched.quantize(layout.name, rows, layout.block_size, importance, lanes, scratch)
     if start.scales is not None:
         return _refined(problem, start, lanes)
     if layout.name in NORMAL_STEP:
@@ -153,7 +160,7 @@ def _ternary(problem: _Problem, start: Parts, lanes: ModuleType) -> list[Parts]:
 
 def _mxfp4(problem: _Problem, start: Parts, lanes: ModuleType) -> list[Parts]:
     """The powers of two beside llama.cpp's."""
-    exponent = mxfp4(problem.x).d.to(torch.int32)
+    exponent = mxfp4(problem.x, Scratch()).d.to(torch.int32)
     return [mxfp4_codes(problem.x, (exponent + step).clamp_(0, 254)) for step in (1, -1)]
 
 

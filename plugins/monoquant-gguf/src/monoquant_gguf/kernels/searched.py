@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import torch
 
+from monoquant_core.scratch import Scratch
 from monoquant_gguf.blocks.parts import Parts
 from monoquant_gguf.kernels import lanes as in_torch
 from monoquant_gguf.kernels.lanes import TINY
@@ -202,17 +203,25 @@ _WEIGHTED = {
 }
 
 
-def quantize(name: str, rows: torch.Tensor, size: int, importance: Importance, lanes: ModuleType) -> Parts:
+def quantize(
+    name: str,
+    rows: torch.Tensor,
+    size: int,
+    importance: Importance,
+    lanes: ModuleType,
+    scratch: Scratch | None = None,
+) -> Parts:
     """llama.cpp's blocks of a type.
 
     :param rows: float32 ``[rows, columns]``, whole rows of the tensor.
     :param size: elements of a block.
     :param importance: float32 ``[columns]``.
     :param lanes: :mod:`.lanes`, or :mod:`.compiled`.
+    :param scratch: of the worker.
     """
     blocks = rows.reshape(-1, size)
     if name in SIMPLE and (importance is None or name not in _WEIGHTED):
-        return SIMPLE[name](blocks)
+        return SIMPLE[name](blocks, scratch or Scratch())
     if name in _WEIGHTED:
         assert importance is not None
         weighted, codes = _WEIGHTED[name]

@@ -56,8 +56,17 @@ def _pipeline(temp: Path, args: argparse.Namespace) -> list[Section]:
     return [pipeline.measure(temp, sizes=sizes, rounds=1 if args.quick else args.rounds)]
 
 
+def _gguf(temp: Path, args: argparse.Namespace) -> list[Section]:
+    from benchmarks import gguf
+
+    rows, rounds = (16, 1) if args.quick else (1024, 9)
+    size, runs = (QUICK_SIZES[0], 1) if args.quick else (None, max(1, args.rounds // 2))
+    return [gguf.measure_types(rows=rows, rounds=rounds), gguf.measure_pipeline(temp, size=size, rounds=runs)]
+
+
 AREAS: dict[str, Callable[[Path, argparse.Namespace], list[Section]]] = {
     "kernels": _kernels,
+    "gguf": _gguf,
     "pipeline": _pipeline,
     "startup": _startup,
 }

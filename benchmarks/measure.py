@@ -65,14 +65,21 @@ class Child:
     output: str  #: what it wrote to stdout
 
 
-def run_child(command: Sequence[str | Path]) -> Child:
+def run_child(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Child:
     """Run a command to its end.
 
+    :param environment: variables that it gets beside those of this process.
     :raises RuntimeError: when it fails, with what it said.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         start = time.perf_counter()
-        process = subprocess.Popen([str(word) for word in command], stdout=out, stderr=err, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            stdout=out,
+            stderr=err,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})},
+        )
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)

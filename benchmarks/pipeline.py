@@ -7,7 +7,7 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +37,8 @@ def measure(temp: Path, *, sizes: Sequence[float], rounds: int) -> Section:
     """Make a checkpoint of every size (GB), copy and quantize it in turn; from 4 GB on in a third of the rounds."""
     small = temp / "start-up"
     write_checkpoint(small, geometry(START_UP_GB))
-    start_up = _runs([_quantize(small, temp / "out") for _ in range(rounds)])
-    rows = [("start-up", "", *_cells(start_up), "", "", "", megabytes(start_up.peak), "", "", "")]
+    start_up = summary([_quantize(small, temp / "out") for _ in range(rounds)])
+    rows = [("start-up", "", *cells(start_up), "", "", "", megabytes(start_up.peak), "", "", "")]
     gates, peaks = [], []
     for size in sizes:
         folder = temp / "checkpoint"
@@ -48,7 +48,7 @@ def measure(temp: Path, *, sizes: Sequence[float], rounds: int) -> Section:
             copies.append(_copy(folder, temp / "copy"))
             quantized.append(_quantize(folder, temp / "out"))
         shutil.rmtree(folder)
-        cp, ours = _runs(copies), _runs(quantized)
+        cp, ours = summary(copies), summary(quantized)
         label = f"{number(nbytes / 1e9)} GB"
         best = (ours.cpu.best - start_up.cpu.best) / cp.cpu.best
         median = (ours.cpu.median - start_up.cpu.median) / cp.cpu.median
@@ -56,11 +56,11 @@ def measure(temp: Path, *, sizes: Sequence[float], rounds: int) -> Section:
         peaks.append(ours.usual_peak)  # the highest depends on how often it was run
         gates.append(Gate(f"int8 pipeline, {label}: CPU beyond start-up / cp", CPU_GATE, "at most", "x", best, median))
         gates.append(Gate(f"int8 pipeline, {label}: peak above start-up", MEMORY_GATE, "at most", " MB", above))
-        rows.append(("cp -r", label, *_cells(cp), f"{cp.cpu.best * 1e9 / nbytes:.2f}", "1x", "1x", "", "", "", ""))
+        rows.append(("cp -r", label, *cells(cp), f"{cp.cpu.best * 1e9 / nbytes:.2f}", "1x", "1x", "", "", "", ""))
         ratio = f"{number(ours.wall.best / cp.wall.best)}x"
         memory = (megabytes(ours.peak), f"{above:.1f} MB", f"{ours.predicted:.1f} MB", f"{ours.sqnr_db:.1f} dB")
         per_gb = (ours.cpu.best - start_up.cpu.best) * 1e9 / nbytes
-        rows.append(("quantize", label, *_cells(ours), f"{per_gb:.2f}", f"{number(best)}x", ratio, *memory))
+        rows.append(("quantize", label, *cells(ours), f"{per_gb:.2f}", f"{number(best)}x", ratio, *memory))
     if len(peaks) > 1:
         growth = max(peaks) - min(peaks)
         gates.append(Gate("int8 pipeline: median peak, all sizes: difference", GROWTH_GATE, "at most", " MB", growth))
@@ -90,21 +90,26 @@ def megabytes(value: float) -> str:
 def _copy(source: Path, target: Path) -> Child:
     # A reflink would copy nothing.
     command: list[str | Path] = ["cp", "-r", *(["--reflink=never"] if sys.platform == "linux" else []), source, target]
-    return _run(command, target)
+    return run_once(command, target)
 
 
 def _quantize(source: Path, target: Path) -> Child:
-    return _run([*MONOQUANT, "quantize", source, "-o", target, "--scheme", "int8", "--json"], target)
+    return run_once([*MONOQUANT, "quantize", source, "-o", target, "--scheme", "int8", "--json"], target)
 
 
-def _run(command: Sequence[str | Path], target: Path) -> Child:
+def run_once(command: Sequence[str | Path], target: Path, environment: Mapping[str, str] | None = None) -> Child:
+    """Run a command, and remove what it made."""
     os.sync()  # what the run before left unwritten is not this one's
-    child = run_child(command)
-    shutil.rmtree(target)
+    child = run_child(command, environment)
+    if target.is_dir():
+        shutil.rmtree(target)
+    else:
+        target.unlink()
     return child
 
 
-def _runs(children: Sequence[Child]) -> Runs:
+def summary(children: Sequence[Child]) -> Runs:
+    """Runs of one command as one."""
     cpu, wall = Timing(tuple(c.cpu for c in children)), Timing(tuple(c.wall for c in children))
     reports = [json.loads(c.output) for c in children if c.output.strip()]
     if not reports:
@@ -114,5 +119,6 @@ def _runs(children: Sequence[Child]) -> Runs:
     return Runs(cpu, wall, max(peaks) / 1e6, usual / 1e6, predicted / 1e6, reports[0]["sqnr_db"])
 
 
-def _cells(runs: Runs) -> tuple[str, str, str, str]:
+def cells(runs: Runs) -> tuple[str, str, str, str]:
+    """CPU and wall seconds, the best and the median of each."""
     return (f"{runs.cpu.best:.2f}", f"{runs.cpu.median:.2f}", f"{runs.wall.best:.2f}", f"{runs.wall.median:.2f}")

@@ -133,7 +133,10 @@ def check_quantizing_nodes(path: Path, feeds: Arrays) -> int:
     model = onnx.load(path)
     known = {t.name: t for t in model.graph.initializer}
     nodes = [n for n in model.graph.node if n.op_type in QUANTIZING]
-    wanted = dict.fromkeys(name for n in nodes for name in (*n.input, *n.output) if name not in known)
+    # 4-bit values cannot be outputs of a session: transposed constants go into the node's own model.
+    turned = {n.output[0]: n for n in model.graph.node if n.op_type == "Transpose" and n.input[0] in known}
+    inside = {*known, *turned}
+    wanted = dict.fromkeys(name for n in nodes for name in (*n.input, *n.output) if name not in inside)
     del model.graph.output[:]
     del model.graph.value_info[:]
     typed = {v.name: v for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
@@ -146,13 +149,15 @@ def check_quantizing_nodes(path: Path, feeds: Arrays) -> int:
     names = [o.name for o in made.get_outputs()]
     values = dict(zip(names, made.run(None, feeds), strict=True))
     for node in nodes:
-        inputs = [n for n in node.input if n not in known]
+        inputs = [n for n in node.input if n not in inside]
+        before = [turned[n] for n in node.input if n in turned]
+        constants = dict.fromkeys(n for one in (*before, node) for n in one.input if n in known)
         graph = helper.make_graph(
-            [node],
+            [*before, node],
             "one",
             [typed[n] for n in inputs],
             [typed[n] for n in node.output],
-            [known[n] for n in node.input if n in known],
+            [known[n] for n in constants],
         )
         one = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
         for name, found in zip(
@@ -161,3 +166,29 @@ def check_quantizing_nodes(path: Path, feeds: Arrays) -> int:
             assert values[name].dtype == found.dtype, name
             assert np.array_equal(values[name], found), f"{node.op_type} {name}"
     return len(nodes)
+
+
+def calibrated(path: Path, batches: list[Arrays], calibrator: str = "minmax", points: list[str] | None = None) -> Any:
+    """Statistics of a graph's values over batches."""
+    import torch
+    from monoquant_onnx.source import open_onnx
+
+    from monoquant_core.observers import Observer
+    from monoquant_core.plugins import load_registry
+
+    declared = load_registry().calibrators[calibrator]
+    observers: dict[str, Observer] = {}
+
+    def observe(point: str, values: torch.Tensor, axis: int = -1) -> None:
+        made = observers.setdefault(point, Observer(lambda: declared.load()(declared.options()), axis))
+        made.observe(values)
+
+    source = open_onnx(path)
+    runner = source.info.graph.runner(points)
+    try:
+        for batch in batches:
+            runner.run({name: torch.from_numpy(values) for name, values in batch.items()}, observe)
+    finally:
+        runner.close()
+        source.close()
+    return {point: observer.stats() for point, observer in observers.items()}

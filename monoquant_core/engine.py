@@ -231,15 +231,17 @@ def find_device(name: str) -> torch.device:
 class _Work:
     """A step with what its tasks share."""
 
-    def __init__(self, step: Step, *, whole: bool, stats: TensorStats | None, device: torch.device) -> None:
-        self.step, self.whole, self.stats = step, whole, stats
+    def __init__(self, step: Step, *, whole: bool, stats: Mapping[str, TensorStats], device: torch.device) -> None:
+        self.step, self.whole = step, whole
+        each = [input_stats(stats, spec.name) for spec in step.specs]
+        self.stats = each[0] if each else None
         self.absmax: float | None = None
         # Parts per tensor come with the first task, and the check of every other one needs them.
         per_tensor = any(part.per == "tensor" for part in step.placed.parts)
         self.shared: Future[dict[str, torch.Tensor]] | None = Future() if per_tensor and not whole else None
         proposal = step.placed.proposal
         self.needs: frozenset[str] = proposal.needs if proposal is not None else frozenset()
-        self.importance = self._importance(device) if step.action == "quantize" else None
+        self.importance = self._importance(each, device) if step.action == "quantize" else None
 
     @property
     def name(self) -> str:
@@ -281,16 +283,19 @@ class _Work:
         if rows.start == 0 and self.shared is not None and not self.shared.done():
             self.shared.set_exception(failure)
 
-    def _importance(self, device: torch.device) -> torch.Tensor | None:
-        importance = None
-        if self.stats is not None:
-            # As the weight lies in the source: permutations of its rows leave columns where they are.
-            importance = column_importance(self.stats, self.spec)
-        if importance is None:
+    def _importance(self, each: Sequence[TensorStats | None], device: torch.device) -> torch.Tensor | None:
+        """Of the columns of a weight as it lies in the source; of layers that are stacked, each layer's own."""
+        members = zip(each, self.step.specs, strict=True)
+        found = [column_importance(stats, spec) if stats is not None else None for stats, spec in members]
+        known = [importance for importance in found if importance is not None]
+        if not known:
             if "importance" in self.needs:
                 raise CalibrationError(f"{self.name}: {self.step.scheme} needs the importance of its columns")
             return None
-        return importance.to(device)
+        if len(found) == 1:
+            return known[0].to(device)
+        # An expert that calibration did not reach has all columns alike.
+        return torch.stack([torch.ones_like(known[0]) if i is None else i for i in found]).to(device)
 
 
 class _Place(NamedTuple):
@@ -551,10 +556,7 @@ def _works(
     tasks = schedule(steps, _chunk_elements(options, device))
     counts = Counter(index for task in tasks for index, _ in task.outputs)
     known = stats or {}
-    works = [
-        _Work(s, whole=counts[i] == 1, stats=input_stats(known, s.specs[0].name) if s.specs else None, device=device)
-        for i, s in enumerate(steps)
-    ]
+    works = [_Work(s, whole=counts[i] == 1, stats=known, device=device) for i, s in enumerate(steps)]
     return works, tasks
 
 

@@ -70,7 +70,8 @@ class Context:
     absmax: float | None = None  #: largest magnitude of the whole tensor, where the proposal asked for it
     importance: torch.Tensor | None = None
     """float32, for each input of the layer its mean square, all of them with every chunk. Inputs are the last axis; of
-    a convolution all axes but the first, flattened; of a transposed linear layer axis 0."""
+    a convolution all axes but the first, flattened; of a transposed linear layer axis 0. Of a stack of layers
+    it has a row for each."""
     extra: Mapping[str, object] = field(default_factory=dict)  #: room for later needs
 
 

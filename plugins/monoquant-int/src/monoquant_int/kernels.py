@@ -6,6 +6,7 @@ A code is ``round_half_to_even(x * (1 / scale)) + zero_point`` in float32, with 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -148,6 +149,12 @@ class _Chunk:
         importance, spec = self.context.importance, self.context.spec
         if importance is None:
             return None
+        if importance.ndim > 1:  # of a stack of layers: those that the rows are of
+            each = math.prod(spec.shape[1:-1])
+            of = self.context.rows
+            importance = importance[of.start // each : -(-of.stop // each)]
+            flat = importance.to(self.rows.device, torch.float32).unsqueeze(1).expand(self.rows.shape)
+            return _relative(to_matrix(flat, self.block))
         flat = self.rows.flatten(1) if spec.kind.startswith("conv") else self.rows
         inputs = spec.shape[0] if spec.transposed else flat.shape[-1]
         if importance.numel() != inputs:
@@ -159,5 +166,10 @@ class _Chunk:
         if spec.transposed:
             weights = weights[self.context.rows.start : self.context.rows.stop].unsqueeze(1)
         weights = to_matrix(weights.expand(flat.shape).reshape(self.rows.shape), self.block)
-        largest = weights.amax(1, keepdim=True)
-        return torch.where(largest > 0, weights / largest, 1.0)
+        return _relative(weights)
+
+
+def _relative(weights: torch.Tensor) -> torch.Tensor:
+    """At most 1 in each block, and 1 in blocks that have none."""
+    largest = weights.amax(1, keepdim=True)
+    return torch.where(largest > 0, weights / largest, 1.0)

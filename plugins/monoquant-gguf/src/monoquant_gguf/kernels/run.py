@@ -106,7 +106,7 @@ def _importance(context: Context, given: torch.Tensor | None, matrix: torch.Tens
     if given is None:
         if context.importance is None:
             return None
-        given = context.importance.reshape(1, -1)
+        given = context.importance if context.importance.ndim > 1 else context.importance.unsqueeze(0)
     experts = math.prod(context.spec.shape[:-2])
     if given.shape[1] != matrix.shape[1] or len(given) not in (1, experts):
         raise QuantizationError(

@@ -27,6 +27,18 @@ from monoquant_core.errors import SourceError
 W = np.arange(32 * 40, dtype=np.float32).reshape(32, 40)
 
 
+def _tag(number: int) -> bytes:
+    return bytes([number << 3 | 2])
+
+
+def _length(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
 def tensor(array: np.ndarray[Any, Any] = W, name: str = "w", **fields: Any) -> TensorProto:
     proto = numpy_helper.from_array(array, name)
     for key, value in fields.items():
@@ -78,11 +90,7 @@ def deep(levels: int) -> onnx.ModelProto:
 
 
 def field(number: int, data: bytes) -> bytes:
-    length, out = len(data), bytearray([number << 3 | 2])
-    while length > 127:
-        out.append(length & 127 | 128)
-        length >>= 7
-    return bytes(out) + bytes([length]) + data
+    return _tag(number) + _length(len(data)) + data
 
 
 def cyclic() -> onnx.ModelProto:
@@ -359,4 +367,42 @@ def test_what_nothing_uses_is_left_out_and_said(tmp_path: Path) -> None:
     source = open_onnx(path)
     assert [s.name for s in source.specs()] == ["w"]
     assert any("unused" in note for note in source.info.notes)
+    source.close()
+
+
+@pytest.mark.parametrize("where", ["beside", "inside"])
+def test_more_than_2_gb(where: str, tmp_path: Path) -> None:
+    """Protobuf's limit is none of ours: the file is walked, also where the weights are in it. Files here are sparse."""
+    rows, columns = 300_000, 2048
+    nbytes = rows * columns * 4
+    shape = {"data_type": TensorProto.FLOAT, "dims": [rows, columns], "name": "w"}
+    path = tmp_path / "x.onnx"
+    if where == "beside":
+        large = TensorProto(**shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", "w.bin"), ("length", str(nbytes))):
+            large.external_data.add(key=key, value=value)
+        onnx.save_model(model(large), str(path))
+        data, start = tmp_path / "w.bin", 0
+    else:
+        small, marker = model(), TensorProto(**shape)
+        raw = _tag(9) + _length(nbytes)
+        tensor_size = len(marker.SerializeToString()) + len(raw) + nbytes
+        graph = small.graph.SerializeToString()
+        small.ClearField("graph")
+        head = small.SerializeToString() + _tag(7)
+        inner = graph + _tag(5) + _length(tensor_size) + marker.SerializeToString() + raw
+        head += _length(len(inner) + nbytes) + inner
+        path.write_bytes(head)
+        data, start = path, len(head)
+    with data.open("ab") as file:
+        file.truncate(start + nbytes)
+    with data.open("r+b") as file:
+        file.seek(start + nbytes - 4 * columns)
+        file.write(np.arange(columns, dtype=np.float32).tobytes())
+    source = open_onnx(path)
+    (spec,) = source.specs()
+    assert spec.nbytes == nbytes > 1 << 31
+    last = source.read("w", range(rows - 1, rows))
+    assert isinstance(last, torch.Tensor)
+    assert torch.equal(last, torch.arange(columns, dtype=torch.float32)[None])
     source.close()

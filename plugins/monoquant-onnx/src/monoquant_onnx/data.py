@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from monoquant_core import rows as r
 from monoquant_core.containers.entries import TensorEntry, tensor_at
 from monoquant_core.containers.reader import FileReader
-from monoquant_core.encoding import FULL, ActivationQuant, ElementType, Encoding, param_shape
+from monoquant_core.encoding import FULL, ActivationQuant, Encoding, param_shape
 from monoquant_core.errors import SourceError
 from monoquant_core.model import DTYPE_BITS
 from monoquant_onnx import types
@@ -154,8 +154,8 @@ class QuantizedData:
 
     @property
     def dtype(self) -> str:
-        """What it dequantizes to: the type of the scale, where that is a float."""
-        return "float32" if isinstance(self.encoding.scale, ElementType) else self.scale.dtype
+        """What it dequantizes to: the type of the scale."""
+        return self.scale.dtype if not self.scale.dtype.startswith("float8") else "float32"
 
     @property
     def nbytes_stored(self) -> int:
@@ -175,12 +175,14 @@ class QuantizedData:
         """
         import torch
 
+        from monoquant_core.check import Mismatch, check_params
         from monoquant_core.tensor import QuantizedTensor
 
         codes = self.codes.read(rows, scratch)
-        if self.shift:
-            codes = (codes.to(torch.int16) + self.shift).to(torch.uint8)
-        codes = _codes(codes)
+        narrow = self.encoding.element.bits <= 8
+        if self.shift or codes.dtype == torch.uint16:
+            codes = (codes.to(torch.int32) + self.shift).to(torch.uint8 if narrow else torch.int32)
+        codes = _bits(codes)
         params: dict[str, ParamValue] = {"scale": self._param(self.scale, rows)}
         if self.encoding.zero_point is not None:
             if self.zero_point is None:
@@ -188,9 +190,20 @@ class QuantizedData:
             else:
                 points = self._param(self.zero_point, rows)
                 assert isinstance(points, torch.Tensor)
-                points = _codes(points)
-                params["zero_point"] = (points.to(torch.int16) + self.shift).to(torch.uint8) if self.shift else points
-        return QuantizedTensor(self.encoding, codes, **params)
+                params["zero_point"] = (points.to(torch.int32) + self.shift).to(torch.uint8 if narrow else torch.int32)
+        tensor = QuantizedTensor(self.encoding, codes, **params)
+        try:
+            check_params(tensor)
+        except Mismatch as exc:
+            raise SourceError(f"{self.where}: {exc.reason}") from exc
+        return tensor
+
+    @property
+    def where(self) -> str:
+        """File and tensor, for messages."""
+        if isinstance(self.codes, FileData):
+            return tensor_at(self.codes.place.path, self.codes.place.name)
+        return "a quantized tensor"
 
     def _grid(self, rows: range) -> tuple[int, ...]:
         return param_shape(r.chunk_shape(self.shape, rows), self.encoding.block)
@@ -206,19 +219,14 @@ class QuantizedData:
         ):
             first = first * extent + (0 if block == FULL else index // block)
         wanted = range(first, first + math.prod(chunk[:-1]))
-        if isinstance(data, QuantizedData):
-            return data.quantized(wanted)
-        values = data.read(wanted).clone()
-        return _codes(values) if isinstance(self.encoding.scale, ElementType) else values
+        return data.quantized(wanted) if isinstance(data, QuantizedData) else _bits(data.read(wanted).clone())
 
 
-def _codes(values: torch.Tensor) -> torch.Tensor:
-    """Codes as the IR takes them: the bits of floats of 8 bits, and dtypes that torch computes with."""
+def _bits(codes: torch.Tensor) -> torch.Tensor:
+    """Floats of 8 bits as the IR takes them."""
     import torch
 
-    if values.dtype.is_floating_point:
-        return values.view(torch.uint8)
-    return values.to(torch.int32) if values.dtype == torch.uint16 else values
+    return codes.view(torch.uint8) if codes.dtype.is_floating_point and codes.element_size() == 1 else codes
 
 
 def reshaped(data: Data, shape: tuple[int, ...]) -> Data:

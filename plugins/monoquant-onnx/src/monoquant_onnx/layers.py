@@ -92,8 +92,9 @@ def _kind_of(node: ir.Node, index: int, spec: TensorSpec) -> str:
             return "linear" if attribute(node, "transB", 0) else "linear_transposed"
         if index == 0:
             return "linear_transposed" if attribute(node, "transA", 0) else "linear"
-    if op == "Transpose" and rank == 2 and any(use.node.op_type == "MatMul" for use in node.outputs[0].uses()):
-        return "linear"
+    if op == "Transpose" and rank == 2 and (behind := _behind(node)) is not None:
+        turned = {"linear": "linear_transposed", "linear_transposed": "linear"}
+        return turned.get(_kind_of(*behind, spec), "")
     return ""
 
 
@@ -147,22 +148,28 @@ def layer_input(node: ir.Node, index: int) -> ir.Value | None:
         return node.inputs[0]
     if index == 0 and node.op_type in ("MatMul", "Gemm"):
         return node.inputs[1]
-    if index == 0 and node.op_type == "Transpose":
-        return next((layer_input(use.node, use.idx) for use in node.outputs[0].uses()), None)
+    if index == 0 and node.op_type == "Transpose" and (behind := _behind(node)) is not None:
+        return layer_input(*behind)
     return None
 
 
 def layer_output(graph: OnnxGraph, node: ir.Node) -> ir.Value:
     """What a layer gives: the value behind its bias, where that is added by a node of its own."""
+    if node.op_type == "Transpose" and (behind := _behind(node)) is not None:
+        return layer_output(graph, behind[0])
     value = node.outputs[0]
     uses = list(value.uses())
-    if node.op_type == "Transpose" and uses:
-        return layer_output(graph, uses[0].node)
     if node.op_type == "MatMul" and len(uses) == 1 and uses[0].node.op_type == "Add":
         other = uses[0].node.inputs[1 - uses[0].idx]
         if other is not None and other.name in graph.data and len(graph.data[other.name].shape) == 1:
             return uses[0].node.outputs[0]
     return value
+
+
+def _behind(transpose: ir.Node) -> tuple[ir.Node, int] | None:
+    """The product that takes a transposed weight."""
+    found = ((use.node, use.idx) for use in transpose.outputs[0].uses() if use.node.op_type in ("MatMul", "Gemm"))
+    return next(found, None)
 
 
 def _is_float(value: ir.Value) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -44,6 +45,7 @@ def recognise(graph: OnnxGraph) -> None:
         elif node.op_type == "MatMulInteger":
             changed |= _integer_matmul(graph, node)
     if changed:
+        _absorb_transposes(graph)
         _activations_of_weights(graph)
         graph.tidy()
 
@@ -57,7 +59,7 @@ def encoded(
         values = whole(codes).double() * _along(whole(scale).double(), axis, rank)
         return MemoryData(values.to(whole(scale).dtype))
     element = _ELEMENTS.get(codes.dtype)
-    if element is None or not codes.shape or not scale.dtype.startswith(("float", "bfloat")):
+    if element is None or not codes.shape or block_size < 0 or not scale.dtype.startswith(("float", "bfloat")):
         return None
     block = _block(scale.shape, rank, axis, block_size)
     grid = e.param_shape(codes.shape, block)
@@ -65,6 +67,8 @@ def encoded(
         return None
     where = _in_shape(scale, grid)
     if where is None:
+        return None
+    if zero_point is not None and math.prod(zero_point.shape) != math.prod(grid):
         return None
     zeros, shift = _zero_points(element, zero_point, grid)
     if shift:
@@ -100,76 +104,60 @@ def _zero_points(element: e.ElementType, given: Data | None, grid: tuple[int, ..
 
 
 def _weight(graph: OnnxGraph, node: ir.Node) -> bool:
-    """``DequantizeLinear(codes, scale[, zero point])`` of constants."""
-    source, turned = _untransposed(node.inputs[0])
-    codes = graph.constant(source)
-    if codes is None or isinstance(codes, QuantizedData):
+    """``DequantizeLinear(codes, scale[, zero point])`` of constants; all of them may be transposed before."""
+    stored = _stored(graph, node.inputs[0])
+    if stored is None or isinstance(stored.data, QuantizedData):
         return False
-    axis = attribute(node, "axis", 1)
-    found = _dequantized(graph, node, codes, 1 - axis % 2 if turned else axis, turned=turned)
+    found = _dequantized(graph, node, stored.data, attribute(node, "axis", 1), stored.turned)
     if found is None:
         return False
-    if not turned:
-        _become(graph, source, found, [node.outputs[0]])
-        return True
-    made = ir.node("Transpose", [None], {"perm": [1, 0]}, num_outputs=1)
-    graph.model.graph.insert_before(node, made)
-    made.outputs[0].shape, made.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
-    _become(graph, source, found, [], into=(made, 0))
-    _replace(graph, node.outputs[0], made.outputs[0])
-    for use in list(made.outputs[0].uses()):  # a Gemm transposes on its own
-        if use.node.op_type == "Gemm" and use.idx == 1:
-            use.node.attributes["transB"] = ir.AttrInt64("transB", 1 - attribute(use.node, "transB", 0))
-            use.node.replace_input_with(1, made.inputs[0])
-    if not made.outputs[0].uses() and not made.outputs[0].is_graph_output():
-        graph.model.graph.remove(made, safe=True)
+    weight = _become(graph, stored.value, found)
+    value = _turned(graph, node, weight) if stored.turned else weight
+    _replace(graph, node.outputs[0], value)
     return True
 
 
 def _gathered(graph: OnnxGraph, node: ir.Node) -> bool:
-    """``DequantizeLinear(Gather(codes, ids), ...)``: an embedding, of which only the rows in use are dequantized."""
-    gather = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if gather is None or gather.op_type != "Gather" or attribute(gather, "axis", 0):
-        return False
-    codes = graph.constant(gather.inputs[0])
-    if codes is None or len(codes.shape) != 2 or len(list(gather.outputs[0].uses())) != 1:
+    """``DequantizeLinear(Gather(codes, ids), ...)``: an embedding, of which only the rows in use are dequantized.
+
+    Scales are one number, one per column, or looked up with the same ids: then they are blocks of the last axis.
+    """
+    gather = _lookup(node.inputs[0])
+    codes = graph.constant(gather.inputs[0]) if gather is not None else None
+    if gather is None or codes is None or len(codes.shape) != 2 or len(list(gather.outputs[0].uses())) != 1:
         return False
     ids = gather.inputs[1]
-    axis = attribute(node, "axis", 1)
-    rank = None if ids is None or ids.shape is None else len(ids.shape) + 1
-    last = axis == -1 or (rank is not None and axis == rank - 1)
-    size = attribute(node, "block_size", 0)
-    params = [_looked_up(graph, value, ids) if size else graph.constant(value) for value in node.inputs[1:3]]
-    scale, zeros = [*params, None][:2]
-    if scale is None or (math.prod(scale.shape) != 1 and not last) or (zeros is None and len(params) > 1):
+    params = [v for v in node.inputs[1:3] if v is not None]
+    lookups = [_lookup(v) for v in params]
+    axis, block_size = attribute(node, "axis", 1), attribute(node, "block_size", 0)
+    if all(found is not None and found.inputs[1] is ids for found in lookups):
+        given = [graph.constant(found.inputs[0]) for found in lookups if found is not None]
+        last = bool(block_size)
+    else:
+        given = [graph.constant(v) for v in params]
+        rank = None if ids is None or ids.shape is None else len(ids.shape) + 1
+        last = axis == -1 or (rank is not None and axis == rank - 1)
+        last = not block_size and (last or all(d is not None and math.prod(d.shape) == 1 for d in given))
+    if not last or any(d is None for d in given):
         return False
-    found = encoded(codes, scale, zeros, 1, size)
-    if isinstance(found, QuantizedData) and size and found.shape[1] == size:  # one block is the whole row
-        found = dataclasses.replace(found, encoding=dataclasses.replace(found.encoding, block=e.per_row(2)))
-    if found is None:
+    scale, zeros = [*given, None][:2]
+    width = codes.shape[1]
+    found = encoded(codes, scale, zeros, 1, min(block_size, width)) if scale is not None else None
+    if not isinstance(found, QuantizedData):
         return False
-    made = ir.node("Gather", [None, ids], name=gather.name, num_outputs=1)
+    weight = _become(graph, gather.inputs[0], _whole_rows(found))
+    made = ir.node("Gather", [weight, ids], name=gather.name, num_outputs=1)
     graph.model.graph.insert_before(node, made)
     made.outputs[0].shape, made.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
-    _become(graph, gather.inputs[0], found, [], into=(made, 0))
     _replace(graph, node.outputs[0], made.outputs[0])
     return True
-
-
-def _looked_up(graph: OnnxGraph, value: ir.Value | None, ids: ir.Value | None) -> Data | None:
-    """Parameters that are looked up with the same indices as the codes."""
-    gather = value.producer() if value is not None else None
-    if gather is None or gather.op_type != "Gather" or attribute(gather, "axis", 0) or gather.inputs[1] is not ids:
-        return None
-    return graph.constant(gather.inputs[0])
 
 
 def _integer_matmul(graph: OnnxGraph, node: ir.Node) -> bool:
     """``Mul(Cast(MatMulInteger(q, codes, zero, zeros)), Mul(x scale, scale))`` behind DynamicQuantizeLinear."""
     quantize = node.inputs[0].producer() if node.inputs[0] is not None else None
-    source, turned = _untransposed(node.inputs[1])
-    codes = graph.constant(source)
-    if quantize is None or quantize.op_type != "DynamicQuantizeLinear" or codes is None:
+    stored = _stored(graph, node.inputs[1])
+    if quantize is None or quantize.op_type != "DynamicQuantizeLinear" or stored is None:
         return False
     cast = _only_use(node.outputs[0], "Cast")
     first = _only_use(cast.outputs[0], "Mul") if cast is not None else None
@@ -180,21 +168,80 @@ def _integer_matmul(graph: OnnxGraph, node: ir.Node) -> bool:
         return False
     weight_scale, result = found
     zeros = graph.constant(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
-    x = quantize.inputs[0]
-    if turned and (x is None or x.shape is None or len(x.shape) != 2):
-        return False
-    weight = encoded(codes, _flat(weight_scale), zeros, 0 if turned else len(codes.shape) - 1, 0)
-    if not isinstance(weight, QuantizedData):
+    axis = 0 if stored.turned else len(stored.data.shape) - 1
+    data = encoded(stored.data, _flat(weight_scale), zeros, axis, 0)
+    if not isinstance(data, QuantizedData):
         return False
     activation = e.ActivationQuant(e.UINT8, "tensor", dynamic=True, symmetric=False)
-    weight = dataclasses.replace(weight, activation=activation)
-    kind, attributes = ("Gemm", {"transB": 1}) if turned else ("MatMul", {})
-    made = ir.node(kind, [x, None], attributes, name=node.name, num_outputs=1)
+    weight = _become(graph, stored.value, dataclasses.replace(data, activation=activation))
+    x = quantize.inputs[0]
+    value = _turned(graph, node, weight) if stored.turned else weight
+    kind = "Gemm" if stored.turned and x is not None and x.shape is not None and len(x.shape) == 2 else "MatMul"
+    made = ir.node(kind, [x, value], name=node.name, num_outputs=1)
     graph.model.graph.insert_before(node, made)
     made.outputs[0].shape, made.outputs[0].type = result.shape, result.type
-    _become(graph, source, weight, [], into=(made, 1))
     _replace(graph, result, made.outputs[0])
     return True
+
+
+def _absorb_transposes(graph: OnnxGraph) -> None:
+    """A Gemm transposes its weight on its own."""
+    for node in list(graph.model.graph):
+        stored = _stored(graph, node.inputs[1]) if node.op_type == "Gemm" and len(node.inputs) > 1 else None
+        if stored is not None and stored.turned:
+            node.attributes["transB"] = ir.AttrInt64("transB", 1 - attribute(node, "transB", 0))
+            node.replace_input_with(1, stored.value)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An initializer, and whether the graph turns it before it takes it."""
+
+    value: ir.Value
+    data: Data
+    turned: bool
+
+
+def _stored(graph: OnnxGraph, value: ir.Value | None) -> _Stored | None:
+    if value is None:
+        return None
+    node = value.producer()
+    turned = node is not None and node.op_type == "Transpose"
+    if node is not None and turned:
+        perm = node.attributes.get("perm")
+        if isinstance(perm, ir.Attr) and list(perm.as_ints()) != [1, 0]:
+            return None
+        value = node.inputs[0]
+    data = graph.constant(value)
+    if value is None or data is None or (turned and len(data.shape) != 2):
+        return None
+    return _Stored(value, data, turned)
+
+
+def _lookup(value: ir.Value | None) -> ir.Node | None:
+    """The Gather of rows that makes a value."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == "Gather" and not attribute(node, "axis", 0) else None
+
+
+def _whole_rows(data: QuantizedData) -> QuantizedData:
+    """Blocks that are whole rows, spelled so."""
+    block = data.encoding.block
+    if len(block) == 2 and block[0] == 1 and block[1] == data.shape[1]:
+        encoding = dataclasses.replace(data.encoding, block=(1, e.FULL))
+        return dataclasses.replace(data, encoding=encoding)
+    return data
+
+
+def _turned(graph: OnnxGraph, before: ir.Node, weight: ir.Value) -> ir.Value:
+    """The weight, transposed by a node, as the codes were."""
+    made = ir.node("Transpose", [weight], {"perm": [1, 0]}, num_outputs=1)
+    graph.model.graph.insert_before(before, made)
+    value = made.outputs[0]
+    value.name = graph.free_name(f"{weight.name}_transposed")
+    assert weight.shape is not None
+    value.shape, value.type = ir.Shape(list(reversed(weight.shape.dims))), weight.type
+    return value
 
 
 def _scales(graph: OnnxGraph, cast: ir.Node, first: ir.Node, x_scale: ir.Value) -> tuple[Data, ir.Value] | None:
@@ -235,6 +282,8 @@ def _activation(graph: OnnxGraph, node: ir.Node) -> bool:
     source = quantize.inputs[0]
     if element is None or element.kind != "int" or source is None or source.name is None:
         return False
+    if not 0 < float(scale) < math.inf:
+        return False
     low, high = element.code_range
     graph.ranges[source.name] = (float(scale) * (low - int(zero)), float(scale) * (high - int(zero)))
     name = node.outputs[0].name
@@ -263,40 +312,30 @@ def _activations_of_weights(graph: OnnxGraph) -> None:
                 graph.data[name] = dataclasses.replace(data, activation=static)
 
 
-def _untransposed(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
-    """What a matrix was before a Transpose, and whether there is one."""
-    node = value.producer() if value is not None else None
-    if node is None or node.op_type != "Transpose":
-        return value, False
-    perm = node.attributes.get("perm")
-    if perm is not None and list(perm.as_ints()) != [1, 0]:
-        return value, False
-    return node.inputs[0], True
-
-
 def _dequantized(
-    graph: OnnxGraph, node: ir.Node, codes: Data, axis: int, *, turned: bool = False
+    graph: OnnxGraph, node: ir.Node, codes: Data, axis: int, turned: bool
 ) -> QuantizedData | MemoryData | None:
-    inputs = [*node.inputs, None][:3]
-    if turned:
-        inputs = [_untransposed(value)[0] for value in inputs]
-    if (cast := inputs[1].producer() if inputs[1] is not None else None) is not None and cast.op_type == "Cast":
-        inputs[1] = cast.inputs[0]  # of powers of two, which are no floats to DequantizeLinear
-    scale, zeros = graph.constant(inputs[1]), graph.constant(inputs[2])
-    if scale is None or (zeros is None and inputs[2] is not None):
+    """What a DequantizeLinear makes of codes; with ``turned`` of their transpose, and so are blocks' parameters."""
+    params: list[Data | None] = []
+    for given in [*node.inputs, None][1:3]:
+        cast = given.producer() if given is not None else None
+        # Powers of two are no floats to DequantizeLinear.
+        value = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else given
+        stored = _stored(graph, value)
+        if value is not None and (stored is None or stored.turned != (turned and len(stored.data.shape) == 2)):
+            return None
+        params.append(stored.data if stored is not None else None)
+    scale, zeros = params
+    if scale is None:
         return None
     if codes.dtype == "int32" and zeros is not None and not bool(whole(zeros).any()):
         zeros = None
+    rank = max(1, len(codes.shape))
+    axis = rank - 1 - axis % rank if turned else axis
     return encoded(codes, scale, zeros, axis, attribute(node, "block_size", 0))
 
 
-def _become(
-    graph: OnnxGraph,
-    codes: ir.Value | None,
-    data: QuantizedData | MemoryData,
-    results: list[ir.Value],
-    into: tuple[ir.Node, int] | None = None,
-) -> None:
+def _become(graph: OnnxGraph, codes: ir.Value | None, data: QuantizedData | MemoryData) -> ir.Value:
     """Make an initializer of the dequantized weight, under the name that the codes have without their suffix."""
     assert codes is not None
     old = codes.name or ""
@@ -309,11 +348,7 @@ def _become(
     else:
         name = wanted if wanted not in graph.model.graph.initializers else graph.free_name(wanted)
     graph.bind(name, data)
-    initializer = graph.model.graph.initializers[name]
-    for result in results:
-        _replace(graph, result, initializer)
-    if into is not None:
-        into[0].replace_input_with(into[1], initializer)
+    return graph.model.graph.initializers[name]
 
 
 def _replace(graph: OnnxGraph, old: ir.Value, new: ir.Value) -> None:

@@ -36,7 +36,7 @@ def to_matrix(values: torch.Tensor, block: tuple[int, ...]) -> torch.Tensor:
     if len(block) != values.ndim:
         values = values.reshape(-1) if len(block) == 1 else values.flatten(1)
     *outer, size = block
-    if values.is_contiguous() and all(extent == 1 for extent in outer):
+    if values.is_contiguous() and outer.count(1) == len(outer):
         length = values.shape[-1] if size == FULL else size
         if length and values.shape[-1] % length == 0:
             return values.view(-1, length)
@@ -106,7 +106,8 @@ def absmax_scale(
     :param rows: the chunk, for messages.
     :raises QuantizationError: for NaN and infinity, and for a scale that ``dtype`` cannot hold; names the tensor.
     """
-    low, high = (float(end) for end in magnitude.aminmax())
+    smallest, greatest = magnitude.aminmax()
+    low, high = float(smallest), float(greatest)
     if not math.isfinite(high):
         check_finite(rows, context)
         raise QuantizationError(f"{context.spec.name}: its values span more than float32 holds", hint=_keep(context))
@@ -159,7 +160,8 @@ def in_steps(matrix: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None
     """
     steps = torch.empty(matrix.shape, dtype=torch.float32, device=matrix.device) if out is None else out
     held = scale.float().unsqueeze(1)
-    low, high = (float(end) for end in held.aminmax())
+    smallest, greatest = held.aminmax()
+    low, high = float(smallest), float(greatest)
     if low < 0:
         low, high = (float(end) for end in held.abs().aminmax())
     if low < SMALLEST_NORMAL or high > 1 / SMALLEST_NORMAL:

@@ -150,13 +150,15 @@ def first_nonfinite(x: torch.Tensor) -> int:
 
 
 def _columns(q: QuantizedTensor) -> _Columns:
-    run = run_length(q.shape, q.encoding.block)
-    values = {label: _column(value, getattr(q.encoding, label), q, run) for label, value in q.params().items()}
-    return _Columns(run or 1, values["scale"], values.get("zero_point"), values.get("offset"))
+    encoding, run = q.encoding, run_length(q.shape, q.encoding.block)
+    zero_point = None if q.zero_point is None else _column(q.zero_point, encoding.zero_point, q, run)
+    offset = None if q.offset is None else _column(q.offset, encoding.offset, q, run)
+    return _Columns(run or 1, _column(q.scale, encoding.scale, q, run), zero_point, offset)
 
 
-def _column(value: ParamValue, spec: Param, q: QuantizedTensor, run: int | None) -> torch.Tensor:
+def _column(value: ParamValue, spec: Param | None, q: QuantizedTensor, run: int | None) -> torch.Tensor:
     """A parameter once per block, or, where blocks are no runs, once per element."""
+    assert spec is not None
     values = param_values(value, spec)
     return values.reshape(-1, 1) if run is not None else _per_element(values, q).reshape(-1, 1)
 

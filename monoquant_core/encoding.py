@@ -218,6 +218,11 @@ class Encoding:
         return math.prod(shape) * self.element.bits + sum(_param_bits(p, params) for _, p in self.params())
 
     @property
+    def tensor_wide(self) -> bool:
+        """Whether one block is the whole tensor."""
+        return self.block.count(FULL) == len(self.block)
+
+    @property
     def codes_range(self) -> tuple[int, int]:
         """Smallest and largest code used: ``clip`` where it is given, else what the element holds."""
         return self.clip or self.element.code_range
@@ -326,6 +331,7 @@ class ActivationQuant:
             raise EncodingError(f"activation: granularity and dynamic expected, got keys {sorted(data)}") from None
 
 
+@functools.lru_cache(maxsize=1024)
 @functools.lru_cache(maxsize=1024)
 def param_shape(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of a per-block parameter; a last, shorter block counts as one.

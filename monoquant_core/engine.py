@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -248,7 +249,7 @@ class _Work:
         """What the user calls it: the name of its source, if it has just one."""
         return self.step.specs[0].name if len(self.step.specs) == 1 else self.step.placed.output.name
 
-    @property
+    @functools.cached_property
     def spec(self) -> TensorSpec:
         """The tensor that is quantized, as the scheme saw it in planning."""
         out, specs = self.step.placed.output, self.step.specs
@@ -307,6 +308,11 @@ class _Place(NamedTuple):
     dtype: torch.dtype
     record: int  #: bytes that ``part.rows`` rows of the output take; of a part per tensor, all of them
 
+    @property
+    def per_rows(self) -> bool:
+        """Whether every task writes some of it."""
+        return self.part.per == "rows"
+
     def span(self, rows: range) -> tuple[int, int]:
         """As :meth:`Part.span`, which counts everything anew."""
         if self.part.per == "tensor":
@@ -324,7 +330,9 @@ class _RowWorker:
     def make(self, work: _Work, rows: range, reading: Reading, scratch: Scratch) -> tuple[Rows, Energies]:
         """Rows of an output as they are stored, and how far they are from their source. Checked."""
         try:
-            value = read_rows(work.step, reading, rows, scratch).to(self.device)
+            value = read_rows(work.step, reading, rows, scratch)
+            if self.device.type != "cpu":
+                value = value.to(self.device)
             if isinstance(value, QuantizedTensor):
                 return self._repacked(value, work)
             if work.step.action == "quantize":
@@ -470,51 +478,49 @@ class _Store:
         :raises CheckError: when they do not unpack to the same bits.
         :raises OutputError: when they cannot be written.
         """
-        packed, known = self._packed(work, rows, value)
-        placed, parts = work.step.placed, self.places[work.step.placed.output.name]
-        back = self.exporter.unpack({**packed, **known}, placed.output, placed.held, rows.start)
+        placed, places = work.step.placed, self.places[work.step.placed.output.name]
+        packed = self.exporter.pack(value, placed.output, placed.held, rows.start)
+        spans = {name: place.span(rows) for name, place in places.items()}
+        wrong = [name for name, tensor in packed.items() if not _fits(tensor, places.get(name), spans.get(name))]
+        wrong += [n for n, place in places.items() if n not in packed and (place.per_rows or rows.start == 0)]
+        if wrong:
+            raise CheckError(
+                f"{self.info.name}: {work.name}: the format packed {sorted(wrong)} otherwise than it announced: "
+                "a bug of the format"
+            )
+        parts = packed if work.shared is None else {**packed, **self._shared(work, rows, packed)}
+        back = self.exporter.unpack(parts, placed.output, placed.held, rows.start)
         if not _same(value, back):
             raise CheckError(
                 f"{self.info.name}: {work.name}: packed as {placed.held.layout}, it does not unpack to the same bits",
                 hint=_keep(work),
             )
         for name, tensor in packed.items():
-            place = parts[name]
-            if place.part.per == "rows" or rows.start == 0:
-                first, count = place.span(rows)
-                self._write(place.file, place.offset + first, tensor)
-                if (kept := self.kept.get((work.step.placed.output.name, name))) is not None:
-                    as_bytes(kept)[first : first + count] = as_bytes(tensor.cpu())
+            place = places[name]
+            if place.per_rows or rows.start == 0:
+                data = as_bytes(tensor.cpu())
+                self._write(place.file, place.offset + spans[name][0], data)
+                if (kept := self.kept.get((placed.output.name, name))) is not None:
+                    as_bytes(kept)[spans[name][0] :][: len(data)] = data
 
-    def _packed(self, work: _Work, rows: range, value: Rows) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The parts of these rows, and those of the whole tensor as its first rows gave them."""
-        placed = work.step.placed
-        packed = dict(self.exporter.pack(value, placed.output, placed.held, rows.start))
-        wrong = packed.keys() - self.places[placed.output.name].keys()
-        for name, place in self.places[placed.output.name].items():
-            tensor = packed.get(name)
-            if tensor is None:
-                if place.part.per == "rows" or rows.start == 0:
-                    wrong.add(name)
-            elif tensor.dtype != place.dtype or tensor.nbytes != place.span(rows)[1]:
-                wrong.add(name)
-        if wrong:
-            raise CheckError(
-                f"{self.info.name}: {work.name}: the format packed {sorted(wrong)} otherwise than it announced: "
-                "a bug of the format"
-            )
-        if work.shared is None:
-            return packed, {}
+    def _shared(self, work: _Work, rows: range, packed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The parts of the whole tensor as its first rows gave them."""
+        assert work.shared is not None
         if rows.start == 0:
-            known = {part.name: packed[part.name].clone() for part in placed.parts if part.per == "tensor"}
-            work.shared.set_result(known)
-        return packed, work.shared.result()
+            names = [part.name for part in work.step.placed.parts if part.per == "tensor"]
+            work.shared.set_result({name: packed[name].clone() for name in names})
+        return work.shared.result()
 
-    def _write(self, file: int, offset: int, tensor: torch.Tensor) -> None:
-        data = as_bytes(tensor.cpu()).numpy().data
+    def _write(self, file: int, offset: int, data: torch.Tensor) -> None:
+        memory = data.numpy().data
         if self.workers.stopped.is_set():  # the files may be gone
             raise Stopped
-        self.out.write_at(file, offset, data)
+        self.out.write_at(file, offset, memory)
+
+
+def _fits(tensor: torch.Tensor, place: _Place | None, span: tuple[int, int] | None) -> bool:
+    """Whether a packed part is what was announced."""
+    return place is not None and span is not None and tensor.dtype == place.dtype and tensor.nbytes == span[1]
 
 
 class _Meter:
@@ -693,5 +699,6 @@ def _same(a: Rows, b: Rows) -> bool:
 
 
 def _owned(value: Rows) -> Rows:
-    """A copy on the CPU that shares nothing with buffers or the source."""
-    return value.to("cpu").clone()
+    """A copy on the CPU that shares nothing with buffers or the source, and that autograd may use."""
+    with torch.inference_mode(False), torch.no_grad():
+        return value.to("cpu").clone()

@@ -17,7 +17,7 @@ from monoquant_core.reencode import lift
 from monoquant_core.rows import RowMap, all_rows, chunk_shape, row_count, row_length
 from monoquant_core.scratch import Scratch
 from monoquant_core.tasks import pieces
-from monoquant_core.tensor import ParamValue, QuantizedTensor, dtype_name, same_bits
+from monoquant_core.tensor import ParamValue, QuantizedTensor, dtype_of, same_bits
 
 Rows = QuantizedTensor | torch.Tensor
 
@@ -98,11 +98,11 @@ def join(chunks: Sequence[Rows], shape: tuple[int, ...]) -> Rows:
 def _read(source: Reading, spec: TensorSpec, rows: range, scratch: Scratch) -> Rows:
     value = source.read(spec.name, rows, scratch)
     wanted = chunk_shape(spec.shape, rows)
-    if isinstance(value, QuantizedTensor) != (spec.encoding is not None) or tuple(value.shape) != wanted:
+    if isinstance(value, QuantizedTensor) != (spec.encoding is not None) or value.shape != wanted:
         raise SourceError(
             f"{source.info.name}: {spec.name}: read {_describe(value)}, expected {wanted} of {spec.dtype}"
         )
-    if isinstance(value, torch.Tensor) and dtype_name(value.dtype) != spec.dtype:
+    if isinstance(value, torch.Tensor) and value.dtype != dtype_of(spec.dtype):
         raise SourceError(f"{source.info.name}: {spec.name}: read {_describe(value)}, expected {spec.dtype}")
     return value
 

@@ -72,8 +72,9 @@ def unpack_words(packed: torch.Tensor, bits: int, n: int, *, dim: int = -1, sign
             f"{n} codes of {bits} bits take {-(-n * bits // 32)} words of int32, "
             f"got {packed.dtype} {tuple(packed.shape)}"
         )
-    stream = along.view(-1).view(torch.uint8).view(*along.shape[:-1], 4 * along.shape[-1])
-    used = -(-n * bits // 8)
+    # A last axis of one word counts as contiguous with any stride.
+    along = along if along.stride(-1) == 1 else along.clone(memory_format=torch.contiguous_format)
+    stream, used = along.view(torch.uint8), -(-n * bits // 8)
     codes = unpack_bits(stream if stream.shape[-1] == used else stream[..., :used], bits, n, signed=signed)
     return codes if last else codes.movedim(-1, dim).contiguous()
 
@@ -89,15 +90,16 @@ def _stream(codes: torch.Tensor, bits: int, nbytes: int) -> torch.Tensor:
     """The bit stream of every row, uint8 ``[..., nbytes]``, longer than its codes by zeros or not at all."""
     *outer, n = codes.shape
     offset = 1 << bits - 1 if codes.dtype == torch.int8 else 0
+    if bits == 8:
+        stream = codes.contiguous().view(torch.uint8)
+        stream = stream ^ 0x80 if offset else stream
+        return pad(stream, (0, nbytes - n)) if n < nbytes else stream
     # Eight codes are ``bits`` bytes; a last, shorter run is filled with what is stored as zero.
     codes = pad(codes, (0, -n % 8), value=-offset) if n % 8 else codes
     flat = _aligned(codes.reshape(-1))
     if flat.numel() == 0:
         return codes.new_zeros((*outer, nbytes), dtype=torch.uint8)
-    if bits == 8:
-        stream = flat.view(torch.uint8)
-        stream = stream ^ 0x80 if offset else stream
-    elif bits == 4:  # pairs of codes in an int16: few operations, each over the whole width of a register
+    if bits == 4:  # pairs of codes in an int16: few operations, each over the whole width of a register
         pairs = flat.view(torch.int16) & 0x0F0F
         if offset:
             pairs ^= 0x0808

@@ -108,7 +108,6 @@ def lift(encoding: Encoding, rank: int, to_rank: int) -> Encoding:
 
 
 @functools.lru_cache(maxsize=1024)
-@functools.lru_cache(maxsize=1024)
 def run_length(shape: Shape, block: tuple[int, ...]) -> int | None:
     """Elements of a block where every block is a run of consecutive elements and all are equally long, else None."""
     flat, extents = flattened(shape, block)

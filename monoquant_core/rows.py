@@ -117,7 +117,7 @@ def quantum(shape: Shape, encoding: Encoding | None, *, tensor_wide: bool = Fals
     """
     if encoding is None:
         return 1
-    known = tensor_wide and all(b == FULL for b in encoding.block)
+    known = tensor_wide and encoding.tensor_wide
     own = 1 if known else block_rows(shape, encoding.block)
     return math.lcm(own, *(_nested(shape, encoding, p, tensor_wide) for _, p in encoding.params()))
 
@@ -125,7 +125,7 @@ def quantum(shape: Shape, encoding: Encoding | None, *, tensor_wide: bool = Fals
 def _nested(shape: Shape, parent: Encoding, param: object, tensor_wide: bool) -> int:
     if not isinstance(param, Encoding):
         return 1
-    if tensor_wide and all(b == FULL for b in param.block):
+    if tensor_wide and param.tensor_wide:
         return 1
     if len(param.block) == 1 or len(parent.block) != len(shape):
         return max(1, row_count(shape))  # blocks of a flattened parameter do not follow rows

@@ -17,6 +17,7 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, str | torch.device], torch.Tensor] = {}
         self._views: dict[tuple[str, torch.dtype, str | torch.device], torch.Tensor] = {}
+        self._read: dict[str, tuple[torch.Tensor, memoryview]] = {}
 
     def take(
         self, name: str, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: str | torch.device = "cpu"
@@ -32,6 +33,16 @@ class Scratch:
             buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
         view = self._views[key] = buffer[:numel].view(shape)
         return view
+
+    def take_to_read(
+        self, name: str, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, memoryview]:
+        """As :meth:`take`, with its memory to read a file into. What a name is taken with shares one buffer."""
+        found = self._read.get(name)
+        if found is None or found[0].shape != shape or found[0].dtype != dtype:
+            data = self.take(name, (math.prod(shape) * dtype.itemsize,), torch.uint8)
+            found = self._read[name] = (data.view(dtype).view(shape), data.numpy().data)
+        return found
 
     @property
     def nbytes(self) -> int:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,10 +132,8 @@ class TensorSource:
             return rows_of(self.tensors[name], rows, scratch, slot)
         if name not in self.entries:
             raise SourceError(f"{tensor_at(self.info.name, name)}: there is none of this name")
-        from monoquant_core.containers.strided import read_rows
-
         entry = self.entries[name]
-        return read_rows(self._readers[entry.path], name, entry, rows, scratch, slot)
+        return _row_reader()(self._readers[entry.path], name, entry, rows, scratch, slot)
 
     def close(self) -> None:
         """Close the files."""
@@ -316,6 +315,14 @@ def _load_weights(
         return source.info.paths
     finally:
         source.close()
+
+
+@functools.cache
+def _row_reader() -> Callable[..., torch.Tensor]:
+    """Imported with the first tensor that is read, because it imports torch; once, because that takes a microsecond."""
+    from monoquant_core.containers.strided import read_rows
+
+    return read_rows
 
 
 def _open_path(src: str | os.PathLike[str], registry: Registry | None, *, unsafe_pickle: bool) -> Source:

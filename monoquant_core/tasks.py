@@ -91,6 +91,8 @@ def task_ranges(step: Step, chunk_elements: int = CHUNK_ELEMENTS, multiple: int 
 def pieces(step: Step, rows: range) -> list[tuple[TensorSpec, range]]:
     """Which rows of which inputs are these rows of the output, before its permutation."""
     shape = step.placed.output.shape
+    if len(step.specs) == 1 and step.specs[0].shape == shape:
+        return [(step.specs[0], rows)]
     if len(rows) == row_count(shape):
         return [(spec, all_rows(spec.shape)) for spec in step.specs]
     found, first = [], 0

@@ -31,15 +31,15 @@ class QuantizedTensor:
     offset: ParamValue | None = None
 
     def __post_init__(self) -> None:
-        expected = param_shape(tuple(self.codes.shape), self.encoding.block)
-        if self.codes.dtype not in CODE_DTYPES:
-            raise EncodingError(f"codes must be an integer tensor, got {self.codes.dtype}")
-        for label in ("scale", "zero_point", "offset"):
-            value, spec = getattr(self, label), getattr(self.encoding, label)
-            if (value is None) != (spec is None):
-                raise EncodingError(f"{label}: data and encoding disagree on whether there is one")
-            if value is not None:
-                _check_param(label, value, spec, expected)
+        encoding, codes = self.encoding, self.codes
+        expected = param_shape(tuple(codes.shape), encoding.block)
+        if codes.dtype not in CODE_DTYPES:
+            raise EncodingError(f"codes must be an integer tensor, got {codes.dtype}")
+        _check_param("scale", self.scale, encoding.scale, expected)
+        if self.zero_point is not None or encoding.zero_point is not None:
+            _check_param("zero_point", self.zero_point, encoding.zero_point, expected)
+        if self.offset is not None or encoding.offset is not None:
+            _check_param("offset", self.offset, encoding.offset, expected)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,8 +48,12 @@ class QuantizedTensor:
 
     def params(self) -> dict[str, ParamValue]:
         """The parameters that exist, by name."""
-        values = {"scale": self.scale, "zero_point": self.zero_point, "offset": self.offset}
-        return {label: value for label, value in values.items() if value is not None}
+        values = {"scale": self.scale}
+        if self.zero_point is not None:
+            values["zero_point"] = self.zero_point
+        if self.offset is not None:
+            values["offset"] = self.offset
+        return values
 
     def dequantize(self) -> torch.Tensor:
         """The float32 tensor these codes stand for: ``scale * (decode(code) - zero_point) + offset``, in that order."""
@@ -112,7 +116,7 @@ def param_values(value: ParamValue, spec: Param) -> torch.Tensor:
     """float32 values of a parameter, of whatever kind it is."""
     if isinstance(value, QuantizedTensor):
         return value.dequantize()
-    return decode(value, spec) if isinstance(spec, ElementType) else value.to(torch.float32)
+    return decode(value, spec) if isinstance(spec, ElementType) else value.float()
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -121,20 +125,28 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if a.is_set_to(b) and a.is_conj() == b.is_conj() and a.is_neg() == b.is_neg():
         return True
-    x, y = as_bytes(a), as_bytes(b)
     compare = _memcmp()
-    if compare is None or x.device.type != "cpu" or y.device.type != "cpu":
-        return torch.equal(x, y)
-    return compare(x.data_ptr(), y.data_ptr(), x.numel()) == 0  # forty times as fast as torch.equal
+    if compare is None or not (a.is_cpu and b.is_cpu):
+        return torch.equal(as_bytes(a), as_bytes(b))
+    x, y = _in_order(a), _in_order(b)
+    return compare(x.data_ptr(), y.data_ptr(), x.nbytes) == 0  # forty times as fast as torch.equal
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
     """The memory of a tensor, uint8 ``[nbytes]``, in the order of its elements; a copy only where it has gaps."""
-    x = x.detach().resolve_conj().resolve_neg().contiguous()
+    x = _in_order(x).detach()
     # Not view(-1): a single element counts as contiguous with any stride, and keeps it.
     return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
+def _in_order(x: torch.Tensor) -> torch.Tensor:
+    """The tensor with its elements one after another in memory, as they are."""
+    if x.is_contiguous() and not x.is_conj() and not x.is_neg():
+        return x
+    return x.resolve_conj().resolve_neg().contiguous()
+
+
+@functools.cache
 def dtype_of(name: str) -> torch.dtype:
     """torch's dtype of that name."""
     dtype = getattr(torch, name, None)
@@ -143,6 +155,7 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Inverse of :func:`dtype_of`."""
     return str(dtype).removeprefix("torch.")
@@ -176,7 +189,9 @@ def _blockwise(
     return op(values, expand(param, tuple(values.shape), block), out=values)
 
 
-def _check_param(label: str, value: ParamValue, spec: Param, expected: tuple[int, ...]) -> None:
+def _check_param(label: str, value: ParamValue | None, spec: Param | None, expected: tuple[int, ...]) -> None:
+    if value is None or spec is None:
+        raise EncodingError(f"{label}: data and encoding disagree on whether there is one")
     if isinstance(value, QuantizedTensor) != isinstance(spec, Encoding):
         raise EncodingError(f"{label}: data and encoding disagree on nesting")
     if isinstance(value, QuantizedTensor):

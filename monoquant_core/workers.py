@@ -62,7 +62,7 @@ class Workers:
         turn = threading.Lock()
 
         def work(scratch: Scratch) -> None:
-            with torch.no_grad():
+            with torch.inference_mode():
                 while not (failures or self.stopped.is_set()):
                     with turn:
                         index, item = next(following, (-1, None))

@@ -36,9 +36,9 @@ def read_rows(
     strides = entry.strides
     if strides is None:
         row_bytes = r.row_length(entry.shape) * entry.itemsize
-        data = _take(scratch, slot, len(rows) * row_bytes)
-        reader.read_into(data.numpy().data, entry.offset + rows.start * row_bytes, where)
-        return data.view(dtype).view(shape)
+        chunk, memory = (scratch or Scratch()).take_to_read(slot, shape, dtype)
+        reader.read_into(memory, entry.offset + rows.start * row_bytes, where)
+        return chunk
     out = _take(scratch, slot, math.prod(shape) * entry.itemsize)
     carrier = _CARRIERS[entry.itemsize]
     # Axes from the farthest apart to the closest; what repeats (stride 0) is read once, and copied by broadcasting.

@@ -27,7 +27,7 @@ def quantize(rows: torch.Tensor, encoding: Encoding, context: Context) -> Quanti
     values = rows if rows.dtype in (torch.float32, torch.float16, torch.bfloat16) else rows.to(torch.float32)
     values = values.contiguous()
     codes = scratch.take("float.codes", values.shape, torch.uint8, values.device)
-    tensor_wide = context.absmax is not None and all(extent == FULL for extent in block)
+    tensor_wide = context.absmax is not None and encoding.tensor_wide
     if tensor_wide:
         # The magnitude of the one block is known, so the rows of a chunk can be taken as they come.
         block = (1,) * (values.ndim - 1) + (FULL,)

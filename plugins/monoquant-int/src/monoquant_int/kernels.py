@@ -35,7 +35,7 @@ def quantize(rows: torch.Tensor, encoding: Encoding, context: Context, *, search
     else:
         values = scratch.take("int.values", rows.shape, torch.float32, rows.device).copy_(rows)
     codes = scratch.take("int.codes", rows.shape, torch.int8, rows.device)
-    tensor_wide = context.absmax is not None and all(extent == FULL for extent in block)
+    tensor_wide = context.absmax is not None and encoding.tensor_wide
     if tensor_wide:
         # The magnitude of the one block is known, so the rows of a chunk can be taken as they come.
         block = (1,) * (values.ndim - 1) + (FULL,)
@@ -51,13 +51,13 @@ def quantize(rows: torch.Tensor, encoding: Encoding, context: Context, *, search
     chunk.round(scale, zero_point, out, clip=search)
     if out.data_ptr() != codes.data_ptr():
         from_matrix(out, codes, block)
-    grid = param_shape(tuple(values.shape), encoding.block)
+    grid = param_shape(values.shape, encoding.block)
     if zero_point is None:
         return QuantizedTensor(encoding, codes, scale.view(grid))
     return QuantizedTensor(encoding, codes.view(torch.uint8), scale.view(grid), zero_point.to(torch.uint8).view(grid))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Chunk:
     """Rows that are being quantized. Its methods take and give one value per block: shape ``[blocks]``."""
 

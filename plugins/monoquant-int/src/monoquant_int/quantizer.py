@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from monoquant_core.encoding import FULL, INT8, Encoding, integer, per_tensor
+from monoquant_core.encoding import INT8, Encoding, integer, per_tensor
 from monoquant_core.errors import OptionError
 from monoquant_core.model import TensorSpec
 from monoquant_core.schemes import (
@@ -99,14 +100,13 @@ class IntQuantizer:
         if unsuitable(spec) is not None:
             return False
         blocks = [channel_block(spec), per_tensor(len(spec.shape)), group_block(spec, max(1, *encoding.block))]
-        tensor_wide = all(extent == FULL for extent in encoding.block)
         return (
             encoding.element == self.element
             and encoding.zero_point == (None if self.options.symmetric else self.element)
             and encoding.offset is None
             and encoding.scale in SCALES
             and encoding.block in blocks
-            and not (tensor_wide and self.options.rounding == "search")
+            and not (encoding.tensor_wide and self.options.rounding == "search")
         )
 
     def quantize(self, rows: torch.Tensor, encoding: Encoding, context: Context) -> QuantizedTensor:
@@ -116,17 +116,22 @@ class IntQuantizer:
 
         :raises QuantizationError: for NaN and infinity, and for a scale that its dtype cannot hold.
         """
-        from monoquant_int import kernels
-
         if self.clip is not None and encoding.clip is None:  # a format that asks for its own encoding knows of no clip
             encoding = dataclasses.replace(encoding, clip=self.clip)
-        tensor_wide = all(extent == FULL for extent in encoding.block)
-        return kernels.quantize(rows, encoding, context, search=self._searches(tensor_wide))
+        return _kernel()(rows, encoding, context, search=self._searches(encoding.tensor_wide))
 
     def _searches(self, tensor_wide: bool) -> bool:
         if self.options.rounding == "auto":
             return self.bits < 8 and not tensor_wide
         return self.options.rounding == "search"
+
+
+@functools.cache
+def _kernel() -> Callable[..., QuantizedTensor]:
+    """Imported with the first chunk, because it imports torch; once, because that takes a microsecond."""
+    from monoquant_int.kernels import quantize
+
+    return quantize
 
 
 def w8a8(options: W8A8Options) -> IntQuantizer:

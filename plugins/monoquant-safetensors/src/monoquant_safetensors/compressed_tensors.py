@@ -21,8 +21,9 @@ packed along N beside packed weights, else int8. A static range of the input is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -140,9 +141,8 @@ class CompressedTensorsExporter:
         """Unsigned codes, dense and lowest bit first, in 32-bit words; other codes as they are."""
         if held.encoding is None:
             return {out.name: rows.contiguous()}  # type: ignore[union-attr]
-        from monoquant_safetensors.modules import pack
-
-        return pack(rows, out, held)  # type: ignore[arg-type]
+        pack, _ = _packing()
+        return pack(rows, out, held)
 
     def unpack(
         self, parts: Mapping[str, torch.Tensor], out: Output, held: Held, first_row: int
@@ -150,8 +150,7 @@ class CompressedTensorsExporter:
         """Inverse of ``pack``."""
         if held.encoding is None:
             return parts[out.name]
-        from monoquant_safetensors.modules import unpack
-
+        _, unpack = _packing()
         return unpack(parts, out, held)
 
     def files(self, layout: FileLayout) -> Iterable[FilePlan]:
@@ -199,6 +198,14 @@ class CompressedTensorsExporter:
             if spec is not None and len(spec.shape) == 2 and spec.kind in kinds and name.endswith(".weight"):
                 modules.append(name.removesuffix(".weight"))
         return modules
+
+
+@functools.cache
+def _packing() -> tuple[Callable[..., dict[str, torch.Tensor]], Callable[..., QuantizedTensor]]:
+    """Imported with the first chunk, because it imports torch; once, because that takes a microsecond."""
+    from monoquant_safetensors.modules import pack, unpack
+
+    return pack, unpack
 
 
 def module_parts(out: Output, held: Held) -> list[Part]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
 
-from monoquant_core.encoding import FULL, ElementType, Encoding, param_shape
+from monoquant_core.encoding import ElementType, Encoding, param_shape
 from monoquant_core.exporters import Held, Output
 from monoquant_core.packing import pack_bits, pack_words, unpack_bits, unpack_words
 from monoquant_core.tensor import ParamValue, QuantizedTensor, dtype_of
@@ -19,11 +20,11 @@ def pack(rows: QuantizedTensor, out: Output, held: Held) -> dict[str, torch.Tens
     prefix, encoding = out.name.removesuffix("weight"), rows.encoding
     bits = encoding.element.bits
     assert isinstance(rows.scale, torch.Tensor)
-    scale = rows.scale.reshape(1) if all(b == FULL for b in encoding.block) else rows.scale
+    scale = rows.scale.reshape(1) if encoding.tensor_wide else rows.scale
     parts = {f"{prefix}weight_scale": scale.contiguous()}
     if held.layout == ct.PACKED:
         parts[f"{prefix}weight_packed"] = pack_words(rows.codes, bits)
-        parts[f"{prefix}weight_shape"] = torch.tensor(out.shape, dtype=torch.int64)
+        parts[f"{prefix}weight_shape"] = _shape(out.shape)
     elif held.layout == ct.MXFP4:
         parts[f"{prefix}weight_packed"] = pack_bits(rows.codes, bits)
     elif held.layout == ct.INT:
@@ -75,6 +76,12 @@ def unpack(parts: Mapping[str, torch.Tensor], out: Output, held: Held) -> Quanti
         else:
             zero_point = _unsigned(zero_point, encoding.zero_point).reshape(grid)
     return QuantizedTensor(encoding, codes, scale, zero_point)
+
+
+@functools.lru_cache(maxsize=64)
+def _shape(shape: tuple[int, ...]) -> torch.Tensor:
+    """The same for every chunk of a tensor, and to make one takes as long as to pack some."""
+    return torch.tensor(shape, dtype=torch.int64)
 
 
 def _signed(codes: torch.Tensor, element: ElementType) -> torch.Tensor:

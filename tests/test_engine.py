@@ -580,6 +580,9 @@ def test_parameters_of_a_module_are_read_without_gradients(tmp_path: Path) -> No
     assert not kept.requires_grad
     kept.add_(1)
     assert not torch.equal(source.tensors["b"], kept)
+    made = compute(plan.steps[0], source)  # autograd takes it, although no gradient led to it
+    (made.scale.requires_grad_() * 2).sum().backward()
+    assert bool((made.scale.grad == 2).all())
 
 
 def test_the_importance_of_columns_reaches_the_scheme(tmp_path: Path) -> None:

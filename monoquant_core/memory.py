@@ -26,7 +26,9 @@ def working_bytes(plans: Sequence[Plan], threads: int, chunk_elements: int = CHU
     """
     steps = [step for plan in plans for step in plan.steps]
     tasks = (_task_bytes(task, steps) for task in largest_tasks(steps, chunk_elements))
-    return _OVERHEAD + sum(heapq.nlargest(max(1, threads), tasks))
+    # Schemes of one plugin share what they load.
+    once = max((getattr(step.quantizer, "process_bytes", 0) for step in steps), default=0)
+    return _OVERHEAD + once + sum(heapq.nlargest(max(1, threads), tasks))
 
 
 def usable_cores() -> int:

@@ -81,7 +81,8 @@ class Quantizer(Protocol):
     More methods are optional: ``use(registry)``, called once, first, for schemes that ask other plugins;
     ``with_ranges(spec, proposal, stats: TensorStats) -> Proposal``, called in planning where calibration knows the
     range of what goes into the layer: ``proposal`` with a static activation, say, and without the need for ``ranges``;
-    and ``notes() -> Sequence[str]``, what to tell the user when the scheme quantizes something.
+    and ``notes() -> Sequence[str]``, what to tell the user when the scheme quantizes something. So is the attribute
+    ``process_bytes``: memory that a process needs once to quantize at all, such as that of a compiler.
     """
 
     #: whether zeros stay exactly zero; the conformance kit and the check rely on it

@@ -311,3 +311,16 @@ def test_what_is_refused() -> None:
                 quantize(layout, bad, layout.encoding_for(2), context(bad), search=searching)
     with pytest.raises(QuantizationError, match="importance of 3 inputs, where there are 64"):
         quantize(layout, x, layout.encoding_for(2), context(x, torch.ones(3)), search=True)
+
+
+def test_memory_of_the_accelerator_is_predicted() -> None:
+    numba = importlib.util.find_spec("numba") is not None
+    for name, rounding, expected in (
+        ("Q4_K", "search", True),
+        ("Q6_K", "llama.cpp", True),
+        ("Q8_0", "search", True),
+        ("Q8_0", "llama.cpp", False),
+        ("TQ1_0", "search", False),
+    ):
+        quantizer = GgmlQuantizer(name, TypeOptions(rounding))
+        assert bool(quantizer.process_bytes) == (expected and numba), name

@@ -30,6 +30,12 @@ NEAREST = frozenset({"MXFP4"})
 #: types whose parameters are searched for, by numba where it is installed
 SEARCHED = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"})
 
+#: types whose scales llama.cpp searches for, and those that the search of ours compiles
+SEARCHED = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"})
+REFIT = SEARCHED | {"Q8_0", "Q4_0", "Q5_0"}
+
+NUMBA_BYTES = 150 << 20  #: numba, LLVM and compiled kernels from the cache; compiling them takes 90 MB more, once
+
 #: what llama-quantize takes where a type's blocks do not divide the rows; F16 where these do not, either
 FALLBACKS = {
     **{"Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0"},
@@ -57,6 +63,13 @@ class GgmlQuantizer:
     def use(self, registry: Registry) -> None:
         """Whose plugins bring architectures."""
         self._registry = registry
+
+    @property
+    def process_bytes(self) -> int:
+        """What numba takes where it is used."""
+        compiled = REFIT if self.options.rounding == "search" else SEARCHED
+        wanted = self.options.imatrix or not compiled.isdisjoint(layout.name for layout in self.layouts)
+        return NUMBA_BYTES if wanted and accelerator() == "numba" else 0
 
     def propose(self, spec: TensorSpec) -> Proposal | Refusal:
         """The type's encoding, or why there is none; where its blocks do not divide rows, an allowed fallback's."""

@@ -13,6 +13,7 @@ from monoquant_core.observed import as_float32, checked_state, limits, same_chan
 from monoquant_core.stats import Calibrator, TensorStats
 
 _SPAN = 1 << 18  # values squared at a time
+_DEVICES = ("cpu", "cuda")  # others, such as Apple's, lack float64
 _QUANTILE = 0.999  # what the largest magnitude is compared with
 
 
@@ -110,6 +111,8 @@ class Observer:
         """
         if not values.numel():
             return
+        if values.device.type not in _DEVICES:
+            values = values.cpu()
         if self._batches[1] >= self._batches[0]:
             self._early.merge(self._late)
             self._late, self._batches = self._make(), [sum(self._batches), 0]

@@ -217,6 +217,13 @@ def test_mse_is_the_least_of_brute_force_on_the_raw_data(kind: str, bits: int, s
     assert found <= 1.01 * mean_squared_error(values, float(plain[0]), float(plain[1]), bits, symmetric)
 
 
+def test_images_of_bytes_stay_exact() -> None:
+    """Values of 256 levels: clipping would save an error that they do not have."""
+    pixels = torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0)) / 255
+    low, high = ends(Mse(MseOptions()), pixels)
+    assert (low, high) == (0, 1)
+
+
 @pytest.mark.parametrize("grid", [Grid(8, False), Grid(8, True), Grid(3, False), Grid(2, True)])
 def test_squared_errors_are_the_integrals(grid: Grid) -> None:
     """Against the mean over many points of every bin."""

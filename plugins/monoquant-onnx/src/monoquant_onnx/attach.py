@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from monoquant_core.errors import PlanError
+from monoquant_onnx.graph import OnnxGraph
+
 if TYPE_CHECKING:
     from monoquant_core.model import Source
 
 
-def graph_of(source: Source, example: Any, path: str) -> Source:
-    """The source with an ONNX graph."""
-    return source
+def graph_of(source: Source, example: Any) -> Source:
+    """The source with an ONNX graph: itself where it has one, else what torch exports.
+
+    :param example: a batch to trace with, or None.
+    :raises MonoquantError: when there is no way to a graph, saying what would be one.
+    """
+    if isinstance(source.info.graph, OnnxGraph):
+        return source
+    if any(spec.encoding is not None for spec in source.specs()):
+        raise PlanError(
+            f"{source.info.name}: is quantized already, and ONNX needs the graph of its model",
+            hint="--graph model.onnx takes it from a file: export the original model with --format onnx",
+        )
+    from monoquant_onnx.tracing import trace
+
+    return trace(source, example)

@@ -79,7 +79,7 @@ class OnnxExporter:
         """
         from monoquant_onnx.attach import graph_of
 
-        return graph_of(source, example)
+        return graph_of(source, example, self._options.graph)
 
     def sample_graph(self, specs: Sequence[TensorSpec]) -> OnnxGraph:
         """A graph that gives out these tensors, each under its name and ``:out``: for the conformance kit."""

@@ -111,8 +111,7 @@ class Observer:
         """
         if not values.numel():
             return
-        if values.device.type not in _DEVICES:
-            values = values.cpu()
+        values = as_float32(values if values.device.type in _DEVICES else values.cpu())
         if self._batches[1] >= self._batches[0]:
             self._early.merge(self._late)
             self._late, self._batches = self._make(), [sum(self._batches), 0]
@@ -129,11 +128,16 @@ class Observer:
         :raises CalibrationError: for another number of columns.
         """
         self._columns.merge(other._columns)
-        self._early.merge(self._late)
-        self._late = self._make()
-        for part in (other._early, other._late):
-            self._late.merge(part)
-        self._batches = [sum(self._batches), sum(other._batches)]
+        if any(self._batches):
+            self._early.merge(self._late)
+            self._late = self._make()
+            for part in (other._early, other._late):
+                self._late.merge(part)
+            self._batches = [sum(self._batches), sum(other._batches)]
+        else:
+            self._early.merge(other._early)
+            self._late.merge(other._late)
+            self._batches = list(other._batches)
         if self._histogram is not None and other._histogram is not None:
             self._histogram.merge(other._histogram)
 

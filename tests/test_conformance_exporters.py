@@ -25,6 +25,7 @@ from monoquant_core.exporters import (
     PartAt,
     Refuses,
     Repacks,
+    Transform,
     Verdict,
 )
 from monoquant_core.model import ModelInfo, TensorSpec
@@ -284,6 +285,18 @@ class WritesTwice(Plain):
         return [*made, *(replace(o, name=f"{o.name}.again") for o in made)]
 
 
+class ReadsTwice(Plain):
+    """An output that waits for a part of another one, which is made of the same tensor."""
+
+    def outputs(self, specs: Sequence[TensorSpec], info: ModelInfo) -> Sequence[Output | Drop]:
+        made = [o for o in super().outputs(specs, info) if isinstance(o, Output)]
+        plain = {s.name for s in specs if s.encoding is None}
+        again = next(o for o in made if o.inputs[0] in plain)
+        part = self.parts(again, Holds("", None))[0].name
+        waits = Transform(lambda inputs: inputs[0], "tensor", "again", of=((again.name, part),))
+        return [*made, replace(again, name=f"{again.name}.again", transform=waits)]
+
+
 class WritesItself(Plain):
     """Opens files, which are the engine's to open."""
 
@@ -315,6 +328,7 @@ SABOTAGE: list[tuple[Callable[[], Plain], str, str]] = [
     (Changes, "test_holds_means_it", "reads back as something else"),
     (RoundsFloats, "test_floats_are_kept_bit_for_bit", "does not unpack to the same bits"),
     (Fickle, "test_refuses_means_it", "DID NOT RAISE"),
+    (ReadsTwice, "test_reads_every_row_once", "read more than once"),
     (Dated, "test_bytes_are_the_same", "bytes depend on threads or chunks"),
     (WritesItself, "test_failure_leaves_nothing", "something was left or changed"),
 ]

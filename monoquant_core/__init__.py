@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from monoquant_core.api import QuantizedModel as QuantizedModel
     from monoquant_core.api import Target as Target
+    from monoquant_core.api import calibrate as calibrate
     from monoquant_core.api import compare as compare
     from monoquant_core.api import export as export
     from monoquant_core.api import load as load
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from monoquant_core.recipe import Rule as Rule
     from monoquant_core.report import Progress as Progress
     from monoquant_core.report import Report as Report
+    from monoquant_core.statistics import Statistics as Statistics
     from monoquant_core.stats import TensorStats as TensorStats
     from monoquant_core.tensor import QuantizedTensor as QuantizedTensor
 
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "QuantizedModel": "api",
     "Target": "api",
+    "calibrate": "api",
     "compare": "api",
     "export": "api",
     "load": "api",
@@ -59,6 +62,7 @@ _HOMES = {
     "Rule": "recipe",
     "Progress": "report",
     "Report": "report",
+    "Statistics": "statistics",
     "TensorStats": "stats",
     "QuantizedTensor": "tensor",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,18 +21,22 @@ if TYPE_CHECKING:
     import torch
 
     from monoquant_core.agreement import Verification
+    from monoquant_core.calibration import Calibration
     from monoquant_core.model import Source
     from monoquant_core.report import Comparison, ProgressCallback, Report
     from monoquant_core.runners import Batch
     from monoquant_core.runtimes import Runtime
+    from monoquant_core.statistics import Statistics
     from monoquant_core.stats import TensorStats
     from monoquant_core.tensor import QuantizedTensor
 
-    Model = str | os.PathLike[str] | torch.nn.Module | Mapping[str, torch.Tensor]
+    Model = str | os.PathLike[str] | torch.nn.Module | torch.export.ExportedProgram | Mapping[str, torch.Tensor]
+    Stats = str | os.PathLike[str] | Mapping[str, TensorStats]
 
 RecipeLike = Recipe | Mapping[str, Any] | str | Path
 DEFAULT_FORMAT = "safetensors"
 DEFAULT_SCHEME = "int8"
+DEFAULT_CALIBRATOR = "percentile"
 MADE_UP = 4  #: samples that are made up where there are no data
 
 
@@ -42,14 +46,22 @@ def installed() -> Registry:
     return load_registry()
 
 
-def open_source(src: Model, *, registry: Registry | None = None, unsafe_pickle: bool = False) -> Source:
-    """Open a checkpoint, a finished file, an nn.Module or a state_dict; reads headers only.
+def open_source(
+    src: Model,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    registry: Registry | None = None,
+    unsafe_pickle: bool = False,
+) -> Source:
+    """Open a checkpoint, a finished file, an nn.Module, a program or a state_dict; reads headers only.
 
+    :param src: may also be ``"pkg.mod:factory"``, code that makes the module.
+    :param weights: a checkpoint to load into that module.
     :raises SourceError: naming the file and what is wrong with it.
     """
     from monoquant_core.sources import open_source as open_
 
-    return open_(src, registry or installed(), unsafe_pickle=unsafe_pickle)
+    return open_(src, registry or installed(), weights=weights, unsafe_pickle=unsafe_pickle)
 
 
 def plan(
@@ -64,7 +76,9 @@ def plan(
     set: Sequence[str] = (),
     destination: str = "",
     on_unsupported: OnUnsupported = "error",
+    stats: Stats | None = None,
     example: Any = None,
+    weights: str | os.PathLike[str] | None = None,
     unsafe_pickle: bool = False,
     registry: Registry | None = None,
 ) -> Plan:
@@ -82,7 +96,9 @@ def plan(
         recipe=recipe,
         keep=keep,
         set=set,
+        stats=stats,
         example=example,
+        weights=weights,
         unsafe_pickle=unsafe_pickle,
         registry=registry,
     )
@@ -98,17 +114,19 @@ def quantize(
     recipe: RecipeLike | None = None,
     keep: Sequence[str] = (),
     set: Sequence[str] = (),
-    stats: Mapping[str, TensorStats] | None = None,
+    stats: Stats | None = None,
     example: Any = None,
+    weights: str | os.PathLike[str] | None = None,
     unsafe_pickle: bool = False,
     registry: Registry | None = None,
 ) -> QuantizedModel:
     """A model with the schemes chosen; tensors are quantized when they are asked for or saved.
 
-    Parameters as in :func:`plan`; ``stats`` are calibration statistics by tensor name.
+    Parameters as in :func:`plan`.
 
+    :param stats: what :func:`calibrate` learned, a file of it, or statistics by point or by tensor name.
     :param example: one batch of inputs (a tensor, a tuple or a dict of them), for formats that trace the model.
-
+    :param weights: a checkpoint to load into the module that ``src`` is, or makes.
     :raises MonoquantError: when the source, the recipe or the scheme is refused.
     """
     loaded = load_recipe(recipe) if recipe is not None else Recipe()
@@ -116,14 +134,74 @@ def quantize(
         scheme = DEFAULT_SCHEME if not (loaded.rules or set) else ""
     rules = (*map(keep_rule, keep), *map(parse_set, set))
     registry = registry or installed()
-    source = open_source(src, registry=registry, unsafe_pickle=unsafe_pickle)
-    model = QuantizedModel(source, registry, scheme, options, loaded, rules, stats, example=example)
+    source = open_source(src, weights=weights, registry=registry, unsafe_pickle=unsafe_pickle)
     try:
+        known = _statistics(stats, source)
+        model = QuantizedModel(source, registry, scheme, options, loaded, rules, known, example=example)
         model._check_choice()
     except BaseException:
         source.close()
         raise
     return model
+
+
+def calibrate(
+    src: Model,
+    data: str | os.PathLike[str] | Iterable[Batch],
+    *,
+    calibrator: str = DEFAULT_CALIBRATOR,
+    options: Mapping[str, Any] | None = None,
+    format: str = "",
+    format_options: Mapping[str, Any] | None = None,
+    samples: int = 256,
+    batch_size: int = 32,
+    seed: int = 0,
+    preprocess: str = "",
+    tokenizer: str = "",
+    length: int = 0,
+    points: Collection[str] | None = None,
+    device: str = "",
+    cache: str | os.PathLike[str] | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+    unsafe_pickle: bool = False,
+    registry: Registry | None = None,
+) -> Statistics:
+    """Run a model on data and learn the ranges and the importance of what its weights are multiplied with.
+
+    :param src: something that can be run: a module, an ExportedProgram or ``.pt2``, ``pkg.mod:factory``, the folder of
+        a transformers model, or a graph that a format reads.
+    :param data: batches (a tensor, a tuple, or a dict by input name each), or what ``--data`` names: a file, a folder
+        of images, or ``pkg.mod:function``; ``samples`` to ``length`` are for these.
+    :param options: of the calibrator, such as ``{"percentile": 99.9}``.
+    :param format: a format that needs a graph: its graph is run, so that values that only it has are learned, too.
+    :param points: what to watch, such as ``["layer1.conv:input"]``; by default what weights are multiplied with, and
+        what their modules give.
+    :param cache: a file of statistics that is used if it is of this model, data and calibrator, and made if there is
+        none.
+    :param progress: called with the samples seen so far.
+    :raises CalibrationError: when there is nothing to run, a batch does not fit, or a value is NaN or infinite.
+    """
+    registry = registry or installed()
+    source = open_source(src, weights=weights, registry=registry, unsafe_pickle=unsafe_pickle)
+    with QuantizedModel(source, registry, quantizing=False) as model:
+        return model.calibrate(
+            data,
+            calibrator=calibrator,
+            options=options,
+            format=format,
+            format_options=format_options,
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            preprocess=preprocess,
+            tokenizer=tokenizer,
+            length=length,
+            points=points,
+            device=device,
+            cache=cache,
+            progress=progress,
+        )
 
 
 def load(path: str | os.PathLike[str], *, registry: Registry | None = None) -> QuantizedModel:
@@ -144,6 +222,7 @@ def export(
     options: Mapping[str, Any] | None = None,
     on_unsupported: OnUnsupported = "error",
     example: Any = None,
+    weights: str | os.PathLike[str] | None = None,
     unsafe_pickle: bool = False,
     registry: Registry | None = None,
     **save: Any,
@@ -154,7 +233,7 @@ def export(
     :param save: the options of :meth:`QuantizedModel.save`.
     """
     registry = registry or installed()
-    source = open_source(src, registry=registry, unsafe_pickle=unsafe_pickle)
+    source = open_source(src, weights=weights, registry=registry, unsafe_pickle=unsafe_pickle)
     chosen = scheme if on_unsupported == "requantize" else ""
     with QuantizedModel(source, registry, chosen, options or {}, quantizing=False, example=example) as model:
         return model.save(path, format, on_unsupported=on_unsupported, **save)
@@ -392,6 +471,72 @@ class QuantizedModel:
             stats=self._stats,
         )
 
+    def calibrate(
+        self,
+        data: str | os.PathLike[str] | Iterable[Batch],
+        *,
+        calibrator: str = DEFAULT_CALIBRATOR,
+        options: Mapping[str, Any] | None = None,
+        format: str = "",
+        format_options: Mapping[str, Any] | None = None,
+        points: Collection[str] | None = None,
+        device: str = "",
+        cache: str | os.PathLike[str] | None = None,
+        keep: bool = False,
+        progress: Callable[[int], None] | None = None,
+        **taken: Any,
+    ) -> Statistics:
+        """Run the model on data, and use what is learned from now on. Parameters as in :func:`calibrate`.
+
+        :param keep: keep statistics in the user's cache folder, and use those that are there.
+        :param taken: ``samples``, ``batch_size``, ``seed``, ``preprocess``, ``tokenizer``, ``length``.
+        """
+        job = self.calibration(
+            data,
+            calibrator=calibrator,
+            options=options,
+            format=format,
+            format_options=format_options,
+            points=points,
+            device=device,
+            **taken,
+        )
+        stats = job.cached(Path(cache) if cache else None, progress) if cache or keep else job.run(progress)
+        self._stats = stats
+        return stats
+
+    def calibration(
+        self,
+        data: str | os.PathLike[str] | Iterable[Batch],
+        *,
+        calibrator: str = DEFAULT_CALIBRATOR,
+        options: Mapping[str, Any] | None = None,
+        format: str = "",
+        format_options: Mapping[str, Any] | None = None,
+        points: Collection[str] | None = None,
+        device: str = "",
+        **taken: Any,
+    ) -> Calibration:
+        """A calibration that is ready to run. Parameters as in :func:`calibrate`; nothing is run."""
+        declared = self._registry.calibrator(calibrator)
+        from monoquant_core.calibration import Calibration
+        from monoquant_core.data import DataOptions, Recipient, open_data
+        from monoquant_core.graphs import runnable_of
+
+        graph = runnable_of(self.source)
+        if isinstance(data, str | os.PathLike):
+            info = self.source.info
+            target = Recipient(info.name, graph.inputs, info.side_files, info.config)
+            data = open_data(os.fspath(data), target, DataOptions(**taken))
+        needs_graph = bool(format) and self._registry.exporter(format).needs == "graph"
+        if needs_graph:
+            if self._example is None and iter(data) is not data:
+                self._example = next(iter(data), None)
+            made = self._source_for(format, format_options)
+            graph = graph if made is self.source else runnable_of(made)
+        name = self._registry.exporter(format).name if needs_graph else ""
+        return Calibration(self.source, graph, data, declared, options or {}, name, points, device)
+
     def save(
         self,
         path: str | os.PathLike[str],
@@ -491,6 +636,20 @@ def format_for(path: str | os.PathLike[str], registry: Registry, default: str = 
     suffix = Path(path).suffix.lower()
     said = (d.name for d in registry.exporters.values() if suffix and suffix in (d.suffix, f".{d.name.lower()}"))
     return next(said, default)
+
+
+def _statistics(stats: Stats | None, source: Source) -> Mapping[str, TensorStats] | None:
+    """Statistics, read where they are a file, and of this model where they say so."""
+    if stats is None:
+        return None
+    from monoquant_core.statistics import Statistics
+
+    name = "the statistics"
+    if isinstance(stats, str | os.PathLike):
+        name, stats = os.fspath(stats), Statistics.load(stats)
+    if isinstance(stats, Statistics):
+        stats.check_model(source, name)
+    return stats
 
 
 def destination_for(path: str | os.PathLike[str], format: str, registry: Registry) -> Path:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from monoquant_core import options as opts
+from monoquant_core.commit import cache_folder
 from monoquant_core.declarations import CalibratorDeclaration
-from monoquant_core.errors import CalibrationError, MonoquantError
+from monoquant_core.errors import CalibrationError, OutputError
+from monoquant_core.model import Source
 from monoquant_core.observers import Observer
 from monoquant_core.quality import judge
 from monoquant_core.runners import Batch, Runnable, Runner
-from monoquant_core.statistics import Statistics
+from monoquant_core.statistics import Key, Statistics, model_key
 from monoquant_core.stats import Calibrator, TensorStats
 from monoquant_core.tensor import as_bytes, dtype_name
 
@@ -46,6 +51,8 @@ class Collector:
 
         :raises CalibrationError: for NaN and infinity, naming the point.
         """
+        if not values.numel():
+            return
         if point not in self.observers:
             self.observers[point] = Observer(self._make, axis)
         try:
@@ -101,7 +108,9 @@ class Collector:
             variety=self._answers.variety,
         )
         data = self._data.hexdigest()
-        return Statistics(points, calibrator, self.samples, model, data, tuple(findings), tuple(self.notes))
+        return Statistics(
+            points, calibrator, self.samples, model, data, findings=tuple(findings), notes=tuple(self.notes)
+        )
 
     def _count(self, batch: Batch) -> None:
         self.samples += batch_size(batch)
@@ -145,33 +154,82 @@ class _Answers:
         return max(shares) if shares and self._count > 1 else None
 
 
-def calibrate(
-    graph: Runnable,
-    batches: Iterable[Batch],
-    declared: CalibratorDeclaration,
-    options: Mapping[str, Any] | None = None,
-    *,
-    model: str = "",
-    points: Collection[str] | None = None,
-    device: str = "",
-    progress: SampleProgress | None = None,
-) -> Statistics:
-    """Run a graph on batches and learn what its weights are multiplied with.
+@dataclass(frozen=True)
+class Calibration:
+    """Everything that a calibration is made of; nothing is run yet.
 
-    :param declared: the calibrator, with its ``options``.
-    :param model: the model's key, to be kept with the statistics.
-    :param points: what to watch; None is what the graph finds useful.
-    :raises CalibrationError: when a batch does not fit, the model fails, or a value is NaN or infinite.
+    :param source: the model whose statistics these become.
+    :param graph: what runs: its module or program, or the graph that a format made of it.
     """
-    if device:
-        from monoquant_core.engine import find_device
 
-        find_device(device)
-    make, label = bind(declared, options or {})
-    collector = Collector(make)
-    with graph.runner(points, device) as runner:
-        collector.run(runner, batches, progress)
-    return collector.statistics(label, model)
+    source: Source
+    graph: Runnable
+    data: Iterable[Batch]
+    declared: CalibratorDeclaration
+    options: Mapping[str, Any] = field(default_factory=dict)
+    format: str = ""
+    points: Collection[str] | None = None  #: what to watch; None is what the graph finds useful
+    device: str = ""
+
+    def run(self, progress: SampleProgress | None = None) -> Statistics:
+        """Run the graph on the data and learn what its weights are multiplied with.
+
+        :raises CalibrationError: when a batch does not fit, the model fails, or a value is NaN or infinite.
+        """
+        if self.device:
+            from monoquant_core.engine import find_device
+
+            find_device(self.device)
+        make, label = bind(self.declared, self.options)
+        collector = Collector(make)
+        try:
+            with self.graph.runner(self.points, self.device) as runner:
+                collector.run(runner, self.data, progress)
+        except CalibrationError as exc:
+            name = getattr(self.data, "name", "")
+            raise CalibrationError(f"{name}: {exc}" if name else str(exc), hint=exc.hint) from exc
+        made = collector.statistics(label, model_key(self.source))
+        notes = (*getattr(self.data, "notes", ()), *made.notes)
+        return dataclasses.replace(made, format=self.format, notes=notes)
+
+    def key(self) -> Key:
+        """What the statistics would be of. Reads the data, and samples the weights."""
+        if iter(self.data) is self.data:
+            raise CalibrationError("data that can be read only once has no key", hint="give a list of batches")
+        _, label = bind(self.declared, self.options)
+        return Key(model_key(self.source), data_key(self.data), label, self.format)
+
+    def cached(self, path: Path | None = None, progress: SampleProgress | None = None) -> Statistics:
+        """Statistics from a file, if it holds these; else they are made, and written where nothing was.
+
+        A damaged file, and one of another model, data or calibrator, is never used: a note says so.
+
+        :param path: the file; None is one in the user's cache folder, which is replaced when it is damaged.
+        """
+        key = self.key()
+        file = path or cache_folder() / "statistics" / key.name
+        notes = []
+        if file.exists():
+            try:
+                found = Statistics.load(file)
+                difference = found.differs(key)
+            except CalibrationError as exc:
+                difference = str(exc)
+            else:
+                if not difference:
+                    return dataclasses.replace(found, notes=(*found.notes, f"statistics are those of {file}"))
+                difference = f"{file}: of {difference}"
+            notes.append(f"{difference}; it is not used, and the model is calibrated anew")
+        made = self.run(progress)
+        if path is None or not file.exists():
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                made.save(file, force=path is None)
+            except (OutputError, OSError) as exc:
+                if path is not None:
+                    raise
+                notes.append(f"statistics are not kept: {exc}")
+        return dataclasses.replace(made, notes=(*notes, *made.notes))
 
 
 def bind(declared: CalibratorDeclaration, values: Mapping[str, Any]) -> tuple[Callable[[], Calibrator], str]:
@@ -235,8 +293,3 @@ def _tensors(batch: Any) -> dict[str, torch.Tensor]:
         return {"0": batch}
     items = batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, tuple | list) else ()
     return {str(name): value for name, value in items if isinstance(value, torch.Tensor)}
-
-
-def named(exc: MonoquantError, name: str) -> CalibrationError:
-    """An error with the name of the data in front of it."""
-    return CalibrationError(f"{name}: {exc}", hint=exc.hint)

@@ -75,13 +75,13 @@ def judge(
         "clipped": (
             clipped,
             "{:.1%}",
-            "values are clipped at {points}: choose a wider calibrator, or a higher --percentile",
+            "values are clipped at {points}: choose a wider range, such as --calibrator minmax",
         ),
         "outlier": (
             outlier,
-            "{:.0f}x",
-            "a few outliers make the range at {points} (times the 99.9th percentile): steps are coarse for all other "
-            "values; use --calibrator percentile, or look for broken samples",
+            "{:.0f}x the 99.9th percentile",
+            "a few outliers make the range at {points}: steps are coarse for all other values; use --calibrator "
+            "percentile, or look for broken samples",
         ),
         "constant": (
             constant,
@@ -91,8 +91,8 @@ def judge(
         ),
         "moved": (
             moved,
-            "{:.2f}",
-            "ranges still move at {points} (from earlier to later samples, in widths): give more samples, shuffled",
+            "{:.2f} of their width",
+            "ranges still move at {points} from the earlier to the later samples: give more samples, shuffled",
         ),
     }
     for kind, (values, form, text) in numbers.items():

@@ -37,6 +37,22 @@ _NUMBERS = ("clipped", "outlier", "moved")
 _HINT = "calibrate again: monoquant calibrate SRC --data DATA -o FILE"
 
 
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What statistics are of. Those of another key are stale."""
+
+    model: str
+    data: str
+    calibrator: str
+    format: str = ""
+
+    @property
+    def name(self) -> str:
+        """A name for a file."""
+        text = json.dumps([VERSION, self.model, self.data, self.calibrator, self.format])
+        return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+
+
 @dataclass(frozen=True)
 class Statistics(Mapping[str, TensorStats]):
     """Statistics by point: ``"layer1.conv:input"`` for what the weight ``layer1.conv.weight`` is multiplied with."""
@@ -46,6 +62,7 @@ class Statistics(Mapping[str, TensorStats]):
     samples: int = 0  #: how many were seen
     model: str = ""  #: tells the model whose statistics these are, see :func:`model_key`
     data: str = ""  #: tells the samples
+    format: str = ""  #: the format whose graph was run; "" is the model's own module or program
     findings: tuple[Finding, ...] = ()  #: what speaks against the data
     notes: tuple[str, ...] = field(default=(), compare=False)  #: what else is to be said, such as casts of inputs
 
@@ -100,12 +117,19 @@ class Statistics(Mapping[str, TensorStats]):
             "samples": self.samples,
             "model": self.model,
             "data": self.data,
+            "format": self.format,
             "findings": [[f.kind, f.text, list(f.points)] for f in self.findings],
             "notes": list(self.notes),
             "points": {p: {"count": s.count, **_numbers(s)} for p, s in sorted(self.points.items())},
         }
         text = json.dumps(about, sort_keys=True, separators=(",", ":"))
         return header_bytes(entries, {"checksum": _checksum(text, data), "format": "pt", KEY: text}) + data
+
+    def differs(self, wanted: Key) -> str:
+        """What of it is another than wanted; "" if nothing is."""
+        names = {"model": "another model", "data": "other data", "calibrator": f"calibrator {self.calibrator!r}"}
+        names["format"] = f"the graph of {self.format or 'the module'}"
+        return ", ".join(text for label, text in names.items() if getattr(self, label) != getattr(wanted, label))
 
     def check_model(self, source: Source, name: str = "the statistics") -> None:
         """Refuse statistics of another model.
@@ -152,7 +176,7 @@ def _read(reader: FileReader) -> Statistics:
     try:
         about = json.loads(text)
         if about["version"] != VERSION:
-            raise CalibrationError(f"{reader.path}: statistics of version {shown(about['version'])}", hint=_HINT)
+            raise ValueError(f"version {about['version']!r}, {VERSION} is known")
         points = {}
         for point, numbers in about["points"].items():
             values: dict[str, Any] = {}
@@ -163,11 +187,14 @@ def _read(reader: FileReader) -> Statistics:
                     values[label] = torch.frombuffer(raw, dtype=torch.float32).view(entry.shape)
             points[point] = TensorStats(**numbers, **values)
         findings = tuple(Finding(kind, said, tuple(where)) for kind, said, where in about["findings"])
-        known = {label: about[label] for label in ("calibrator", "samples", "model", "data")}
-        return Statistics(points, **known, findings=findings, notes=tuple(about["notes"]))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as exc:
-        # The checksum fits, so somebody made it this way.
+        known = {label: about[label] for label in ("calibrator", "samples", "model", "data", "format")}
+        stats = Statistics(points, **known, findings=findings, notes=tuple(about["notes"]))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, CalibrationError) as exc:
+        # The checksum fits, so somebody made it this way, or the header's own part is damaged.
         raise CalibrationError(f"{reader.path}: not statistics of monoquant: {shown(str(exc))}", hint=_HINT) from exc
+    if stats.to_bytes() != reader.read(0, reader.size):
+        raise CalibrationError(f"{reader.path}: damaged: its header is another", hint=_HINT)
+    return stats
 
 
 def _numbers(stats: TensorStats) -> dict[str, float]:

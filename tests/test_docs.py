@@ -280,8 +280,9 @@ def test_the_main_pages_have_examples_that_run() -> None:
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=ids)
 def test_examples_run(page: Path, in_tmp: Path, request: pytest.FixtureRequest) -> None:
     # The tutorials are about one model; the other pages are about any.
-    fixture = "minilm" if page.name in ("quickstart.md", "howto-gguf.md") else "llama"
+    fixture = "minilm" if page.name in ("quickstart.md", "howto-gguf.md", "calibration.md") else "llama"
     (in_tmp / "model").symlink_to(request.getfixturevalue(fixture))
+    (in_tmp / "text.txt").write_text("\n".join(other.read_text() for other in PAGES))
     namespace: dict[str, Any] = {"__name__": "example"}
     for language, example in blocks(page):
         if language == "sh":

@@ -59,6 +59,7 @@ LAYERS: list[set[str]] = [
         "engine",
         "calibration",
         "verification",
+        "data",
     },
     {"api"},
     {"__init__"},

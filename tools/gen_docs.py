@@ -55,7 +55,7 @@ else there. Options of schemes and formats are flags too: they are listed on [th
 | environment variable | effect |
 | --- | --- |
 | `MONOQUANT_DISABLED_PLUGINS` | plugins to leave out, by entry-point name, separated by commas |
-| `MONOQUANT_CACHE` | folder for the locks of outputs, in place of the platform's cache folder |
+| `MONOQUANT_CACHE` | folder for the locks of outputs and for statistics, in place of the platform's cache folder |
 | `MONOQUANT_STRICT_PLUGINS` | `1` makes a plugin that does not load an error; for continuous integration |
 """
 
@@ -92,7 +92,10 @@ SECTIONS = {
     "recipes": ("Recipes", "Chosen by `--scheme` or as `base` of a recipe: which tensors get which scheme."),
     "exporters": ("Formats", "Chosen by `--format`."),
     "sources": ("Sources", "Readers of finished files, beside the core's own readers of checkpoints."),
-    "calibrators": ("Calibrators", "Turn observed activations into ranges."),
+    "calibrators": (
+        "Calibrators",
+        "Turn observed activations into ranges. Chosen by `--calibrator NAME` or `NAME:key=value,...`.",
+    ),
     "probes": ("Probes", "Asked by `monoquant doctor`."),
     "runtimes": ("Runtimes", "Run finished files, for verification."),
 }

@@ -5,7 +5,19 @@ from typing import Annotated
 import typer
 
 from monoquant_core import __version__
-from monoquant_core.cli import catalog, compare, conformance, doctor, export, inspect, plan, plugins, quantize, verify
+from monoquant_core.cli import (
+    calibration,
+    catalog,
+    compare,
+    conformance,
+    doctor,
+    export,
+    inspect,
+    plan,
+    plugins,
+    quantize,
+    verify,
+)
 from monoquant_core.cli.render import out
 from monoquant_core.plugins import Problem, Registry
 
@@ -32,7 +44,8 @@ def build_app(registry: Registry) -> typer.Typer:
     ) -> None:
         pass
 
-    for command in (quantize, export, plan, inspect, compare, verify, catalog, plugins, doctor, conformance):
+    commands = (quantize, export, plan, calibration, inspect, compare, verify, catalog, plugins, doctor, conformance)
+    for command in commands:
         command.register(app, registry)
     _register_plugin_commands(app, registry)
     return app

@@ -1,4 +1,4 @@
-"""``schemes``, ``formats`` and ``recipes``: what installed plugins offer, with the options that each takes."""
+"""``schemes``, ``formats``, ``recipes`` and ``calibrators``: what installed plugins offer, with their options."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ def register(app: typer.Typer, registry: Registry) -> None:
         ("schemes", registry.schemes, registry.scheme),
         ("formats", registry.exporters, registry.exporter),
         ("recipes", registry.recipes, registry.recipe),
+        ("calibrators", registry.calibrators, registry.calibrator),
     ):
         app.add_typer(_catalog(plural, registry, table_of, lookup), name=plural)
 

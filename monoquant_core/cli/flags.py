@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 SRC_HELP = (
-    "A model folder, .safetensors, .pt/.pth/.bin/.ckpt (a state dict), .pt2, or a finished file that a plugin reads."
+    "A model folder, .safetensors, .pt/.pth/.bin/.ckpt (a state dict), .pt2, pkg.mod:factory, or a finished file that "
+    "a plugin reads."
 )
 
 Src = Annotated[str, typer.Argument(metavar="SRC", help=SRC_HELP, show_default=False)]
@@ -85,6 +86,63 @@ Param = Annotated[
         "'format.NAME' where both have one. Repeatable.",
         show_default=False,
     ),
+]
+
+
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights", metavar="FILE", help="Checkpoint for the module that pkg.mod:factory makes.", show_default=False
+    ),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="Samples to calibrate with: .npz, .npy, .safetensors or .pt (or FILE:KEY), .txt or .jsonl, a folder of "
+        "images, or pkg.mod:function that yields batches.",
+        show_default=False,
+    ),
+]
+Stats = Annotated[
+    Path | None,
+    typer.Option(
+        "--stats",
+        metavar="FILE",
+        help="Statistics that calibrate wrote. With --data: used if they are of this model and data, made if there is "
+        "no such file.",
+        show_default=False,
+    ),
+]
+Calibrator = Annotated[
+    str,
+    typer.Option(
+        "--calibrator",
+        metavar="NAME[:key=value,...]",
+        help="How ranges are found, with its options; see 'calibrators list'.",
+    ),
+]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Samples to take of --data.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples that run at once.")]
+Seed = Annotated[int, typer.Option("--seed", help="Decides which samples are taken, and in which order.")]
+Preprocess = Annotated[
+    str,
+    typer.Option(
+        "--preprocess",
+        metavar="pkg.mod:function",
+        help="Makes what the model takes of each image, or of each batch of arrays.",
+        show_default=False,
+    ),
+]
+Tokenizer = Annotated[
+    str,
+    typer.Option(
+        "--data-tokenizer", metavar="FILE", help="A tokenizer.json for text, if the model has none.", show_default=False
+    ),
+]
+Length = Annotated[
+    int, typer.Option("--length", min=0, help="Tokens of a sample of text; 0 is what the model takes, at most 512.")
 ]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from monoquant_core.cli import flags
+from monoquant_core.cli import calibration, flags
 from monoquant_core.cli.options import Typed, roles, with_options
 from monoquant_core.cli.render import (
     Column,
@@ -50,12 +50,22 @@ def register(app: typer.Typer, registry: Registry) -> None:
             typer.Option("--save", metavar="RECIPE.toml", help="Write a recipe that repeats this.", show_default=False),
         ] = None,
         threads: flags.Threads = 0,
+        weights: flags.Weights = None,
+        data: flags.Data = "",
+        stats: flags.Stats = None,
+        calibrator: flags.Calibrator = calibration.DEFAULT,
+        samples: flags.Samples = 256,
+        batch_size: flags.BatchSize = 32,
+        seed: flags.Seed = 0,
+        preprocess: flags.Preprocess = "",
+        data_tokenizer: flags.Tokenizer = "",
+        length: flags.Length = 0,
         unsafe_pickle: flags.UnsafePickle = False,
         json: flags.Json = False,
     ) -> None:
         """Show what quantize would do to every tensor, the exact size of the result and the memory it takes.
 
-        Reads headers only: a checkpoint of any size takes a moment.
+        Reads headers only, unless --data has to be run: a checkpoint of any size takes a moment.
         """
         from monoquant_core import api
 
@@ -72,7 +82,10 @@ def register(app: typer.Typer, registry: Registry) -> None:
             typed=typed,
             quiet=json,
         )
-        with api.quantize(src, **chosen.quantizing) as model:
+        taken = calibration.Samples(data, calibrator, samples, batch_size, seed, preprocess, data_tokenizer, length)
+        known = None if data else stats
+        with api.quantize(src, weights=weights, stats=known, **chosen.quantizing) as model:
+            calibration.use(model, taken, stats, registry, device="cpu", quiet=json, **chosen.saving)
             plans = [(chosen.saving["format"], model.plan(**chosen.saving))]
             for a in chosen.also:
                 made = model.variant(a.scheme, a.options).plan(**a.saving, destination=a.path.name)

@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from monoquant_core.cli.render import duration, size
@@ -24,6 +24,30 @@ def reporter(*, quiet: bool) -> Iterator[ProgressCallback | None]:
             yield callback
     else:
         yield _Lines()
+
+
+@contextmanager
+def sample_reporter(total: int, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """A callback that shows how many samples a model has seen, on stderr."""
+    if quiet:
+        yield None
+    elif sys.stderr is not None and sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress as Bar
+
+        with Bar(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("calibrating", total=total)
+            yield lambda done: bar.update(task, completed=done)
+    else:
+        said = time.monotonic()
+
+        def show(done: int) -> None:
+            nonlocal said
+            if time.monotonic() - said >= LINE_SECONDS:
+                said = time.monotonic()
+                print(f"calibrating: {done} of {total} samples", file=sys.stderr, flush=True)
+
+        yield show
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import typer
 
-from monoquant_core.cli import flags
+from monoquant_core.cli import calibration, flags
 from monoquant_core.cli.options import Typed, roles, with_options
 from monoquant_core.cli.saving import save_or_plan
 from monoquant_core.cli.selection import select
@@ -30,6 +30,16 @@ def register(app: typer.Typer, registry: Registry) -> None:
         device: flags.Device = "cpu",
         force: flags.Force = False,
         nonfinite: flags.Nonfinite = flags.NonfiniteChoice.refuse,
+        weights: flags.Weights = None,
+        data: flags.Data = "",
+        stats: flags.Stats = None,
+        calibrator: flags.Calibrator = calibration.DEFAULT,
+        samples: flags.Samples = 256,
+        batch_size: flags.BatchSize = 32,
+        seed: flags.Seed = 0,
+        preprocess: flags.Preprocess = "",
+        data_tokenizer: flags.Tokenizer = "",
+        length: flags.Length = 0,
         unsafe_pickle: flags.UnsafePickle = False,
         json: flags.Json = False,
         quiet: flags.Quiet = False,
@@ -55,7 +65,10 @@ def register(app: typer.Typer, registry: Registry) -> None:
             typed=typed,
             quiet=quiet or json,
         )
-        with api.quantize(src, **chosen.quantizing) as model:
+        taken = calibration.Samples(data, calibrator, samples, batch_size, seed, preprocess, data_tokenizer, length)
+        known = None if data else stats
+        with api.quantize(src, weights=weights, stats=known, **chosen.quantizing) as model:
+            calibration.use(model, taken, stats, registry, device=device, quiet=quiet or json, **chosen.saving)
             others = [(model.variant(a.scheme, a.options), a.path, a.saving) for a in chosen.also]
             save_or_plan(
                 [(model, output, chosen.saving), *others],

@@ -261,6 +261,10 @@ def test_a_plugin_brings_an_architecture(tmp_path: Path, llamacpp: ModuleType) -
         expected = model(torch.tensor([ids])).logits[0].numpy()
     found = llamacpp.logits(str(tmp_path / "m.gguf"), ids, flash=0, kv_f32=True)
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+    # A recipe asks the same registry for the roles of tensors.
+    names = {"format": "gguf", "format_options": {"tokenizer": "none"}}
+    report = mq.quantize(tmp_path / "model", scheme="Q8_0", registry=registry).save(tmp_path / "q.gguf", **names)
+    assert {t.layout for t in report.tensors if t.name.startswith("blk.0.attn_q")} == {"Q8_0"}
 
 
 @settings(max_examples=150, deadline=None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monoquant_gguf import architectures
 from monoquant_gguf.architectures.base import Model
 from monoquant_gguf.architectures.keys import Keys, shortest
 from monoquant_gguf.architectures.llama import llama3_factors, llama3_scaling
+from monoquant_gguf.tokenizers.restore import Stored, Unrestorable, restore
 
 import monoquant_core as mq
 from monoquant_core.errors import MonoquantError, PlanError, RecipeError, SourceError, UnsupportedEncodingError
@@ -366,3 +372,50 @@ def test_a_tokenizer_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(MonoquantError, match="2 tokens, 1 kinds"):
         mq.export(write(tmp_path / "x.gguf", change), tmp_path / "back")
+
+
+JUNK = st.sampled_from(
+    [0, -1, 1, 2, 1.5, "x", [], [1, 2], True, 1 << 40, math.inf, math.nan, 1e300, 1e-300, "linear", 8]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_metadata_is_data(data: st.DataObject) -> None:
+    """Whatever it says, there is a config.json or an error that says what is wrong."""
+    kind = data.draw(st.sampled_from(list(architectures.BUILT_IN)))
+    names = ["block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"]
+    names += ["attention.sliding_window", "expert_count", "expert_used_count", "expert_feed_forward_length"]
+    more = ["attention.key_length", "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "vocab_size"]
+    more += ["rope.scaling.factor", "attention.layer_norm_epsilon", "rope.scaling.original_context_length"]
+    metadata: dict[str, Any] = {f"{kind.name}.{name}": 4 for name in names}
+    for name in data.draw(st.lists(st.sampled_from([*names, *more]), max_size=4)):
+        metadata[f"{kind.name}.{name}"] = data.draw(JUNK)
+    vectors = st.lists(st.sampled_from([0.0, 1.0, 2.5, 8.0, -1.0, math.inf, math.nan]), max_size=8)
+    shapes = dict.fromkeys(
+        data.draw(st.lists(st.sampled_from(["rope_freqs.weight", "rope_factors_long.weight"]))), (4,)
+    )
+    keys = Keys("m", kind.name, metadata, shapes, lambda _: data.draw(vectors))
+    with contextlib.suppress(MonoquantError):
+        assert json.dumps(kind().config(keys), allow_nan=False)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_tokens_are_data(data: st.DataObject) -> None:
+    texts = st.sampled_from(["a", "b", "ab", "\u2581a", "<s>", "", "a b", "\udc80", "<0x00>", "ab c"])
+    count = data.draw(st.integers(0, 5))
+    metadata: dict[str, Any] = {"tokenizer.ggml.model": data.draw(st.sampled_from(["gpt2", "llama", "bert", "t5", 3]))}
+    arrays: dict[str, list[Any]] = {
+        "tokens": data.draw(st.lists(texts, min_size=count, max_size=count)),
+        "token_type": data.draw(st.lists(st.integers(0, 7), min_size=count, max_size=count)),
+        "scores": data.draw(st.lists(st.floats(width=32), min_size=count, max_size=count)),
+        "merges": data.draw(st.lists(texts, max_size=3)),
+    }
+    for key in data.draw(st.lists(st.sampled_from(list(arrays)), max_size=2)):
+        arrays[key] = data.draw(st.lists(JUNK, max_size=count))
+    for key in ("bos_token_id", "seperator_token_id", "add_bos_token", "pre", "normalizer.lowercase"):
+        metadata[f"tokenizer.ggml.{key}"] = data.draw(JUNK | st.sampled_from(["gpt-2", "llama-bpe"]))
+    with contextlib.suppress(MonoquantError, Unrestorable):
+        files = restore(Stored("m", metadata, lambda key: arrays.get(key.rpartition(".")[2], [])))
+        assert all(json.loads(content) for content in files.values())

@@ -269,6 +269,7 @@ def test_the_error_says_what_fallbacks_come_to(run: Callable[..., Any], tmp_path
     )
     accepted = run(*command, "--allow-fallback")
     assert accepted.returncode == 0, accepted.stderr
+    assert "the searches of ggml's types run in" in accepted.stdout
     assert f"{total:.2f} bits each, scales included: 6 Q5_0, 3 F16, 3 Q4_K" in " ".join(accepted.stdout.split())
 
 

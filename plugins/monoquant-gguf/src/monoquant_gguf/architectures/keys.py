@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,7 +26,7 @@ class Keys:
         :param vector: reads a vector of float32.
         """
         self.path, self.architecture, self.metadata, self.shapes = path, architecture, metadata, shapes
-        self.vector = vector
+        self._vector = vector
         self._asked: set[str] = set()
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -54,7 +53,7 @@ class Keys:
         :raises SourceError: naming the key, when it is missing or something else.
         """
         value = self.get(key, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value < 1e38:  # what float32 holds
             raise SourceError(
                 f"{self.path}: {self.architecture}.{key} is {'missing' if value is None else shown(value)}, "
                 "and config.json needs a positive number"
@@ -68,6 +67,16 @@ class Keys:
     def has(self, tensor: str) -> bool:
         """Whether the file has a tensor of that name."""
         return tensor in self.shapes
+
+    def vector(self, tensor: str) -> list[float]:
+        """A tensor of positive factors.
+
+        :raises SourceError: when it is something else.
+        """
+        values = [float(value) for value in self._vector(tensor)]
+        if not all(0 < value < 1e38 for value in values):
+            raise SourceError(f"{self.path}: {tensor} holds something else than factors of rope")
+        return values
 
     @property
     def not_asked(self) -> list[str]:

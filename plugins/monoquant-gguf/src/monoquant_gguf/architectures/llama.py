@@ -149,10 +149,15 @@ class Mixtral(Llama):
 
 
 def decoder_config(keys: Keys) -> dict[str, Any]:
-    """What decoders share, with all that transformers would otherwise have another default for."""
+    """What decoders share, with all that transformers would otherwise have another default for.
+
+    :raises SourceError: for heads without elements.
+    """
     config = common_config(keys)
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    if config["head_dim"] < 1:
+        raise SourceError(f"{keys.path}: {config['num_attention_heads']} heads of {config['hidden_size']} elements")
     return config
 
 
@@ -161,7 +166,7 @@ def llama3_scaling(keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
 
     :raises SourceError: for factors that are of another kind.
     """
-    found = [float(f) for f in keys.vector("rope_freqs.weight")]
+    found = keys.vector("rope_freqs.weight")
     factor = max(found, default=1.0)
     for high, context in _bounds(found, factor, config["rope_theta"], config["head_dim"]):
         scaling = {

@@ -33,8 +33,10 @@ class Stored:
     def __post_init__(self) -> None:
         self.tokens: list[str] = self.array("tokenizer.ggml.tokens")
         self.kinds: list[int] = self.array("tokenizer.ggml.token_type") or [NORMAL] * len(self.tokens)
-        if len(self.kinds) != len(self.tokens) or not all(isinstance(t, str) for t in self.tokens):
+        if len(self.kinds) != len(self.tokens):
             raise SourceError(f"{self.path}: tokenizer.ggml: {len(self.tokens)} tokens, {len(self.kinds)} kinds")
+        if not all(isinstance(t, str) for t in self.tokens) or not all(type(k) is int for k in self.kinds):
+            raise SourceError(f"{self.path}: tokenizer.ggml: tokens are texts, and their kinds numbers")
 
     def flag(self, key: str, default: bool) -> bool:
         """``tokenizer.ggml.{key}``."""
@@ -149,7 +151,7 @@ def _byte_level(stored: Stored) -> dict[str, Any]:
     if known is None:
         raise Unrestorable(f"a pre-tokenizer of llama.cpp's name {shown(name)}")
     steps = [_step(step) for step in known[0]]
-    merges = [text.split(" ", 1) for text in stored.array("tokenizer.ggml.merges")]
+    merges = [str(text).split(" ", 1) for text in stored.array("tokenizer.ggml.merges")]
     vocab = _vocabulary(stored, lambda text, _: text)
     if any(len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys() for pair in merges):
         raise SourceError(f"{stored.path}: tokenizer.ggml.merges are not pairs of tokens")
@@ -179,7 +181,7 @@ def _ends(stored: Stored, *, bos: bool) -> dict[str, Any] | None:
 def _sentencepiece(stored: Stored) -> dict[str, Any]:
     """Scores become ranks of merges: a token is made of any two that there are, the better its score the earlier."""
     scores = stored.array("tokenizer.ggml.scores")
-    if len(scores) != len(stored.tokens):
+    if len(scores) != len(stored.tokens) or not all(isinstance(s, float) for s in scores):
         raise SourceError(f"{stored.path}: tokenizer.ggml: {len(stored.tokens)} tokens, {len(scores)} scores")
     vocab = _vocabulary(stored, lambda text, kind: text.replace(SPACE, " ") if kind == USER_DEFINED else text)
     pieces = {text: i for i, text in enumerate(stored.tokens) if stored.kinds[i] == NORMAL}

@@ -13,6 +13,7 @@ from monoquant_core.observed import as_float32, checked_state, limits, same_chan
 from monoquant_core.stats import Calibrator, TensorStats
 
 _SPAN = 1 << 18  # values squared at a time
+_DEVICES = ("cpu", "cuda")  # others, such as Apple's, lack float64
 _QUANTILE = 0.999  # what the largest magnitude is compared with
 
 
@@ -110,6 +111,7 @@ class Observer:
         """
         if not values.numel():
             return
+        values = as_float32(values if values.device.type in _DEVICES else values.cpu())
         if self._batches[1] >= self._batches[0]:
             self._early.merge(self._late)
             self._late, self._batches = self._make(), [sum(self._batches), 0]
@@ -126,11 +128,16 @@ class Observer:
         :raises CalibrationError: for another number of columns.
         """
         self._columns.merge(other._columns)
-        self._early.merge(self._late)
-        self._late = self._make()
-        for part in (other._early, other._late):
-            self._late.merge(part)
-        self._batches = [sum(self._batches), sum(other._batches)]
+        if any(self._batches):
+            self._early.merge(self._late)
+            self._late = self._make()
+            for part in (other._early, other._late):
+                self._late.merge(part)
+            self._batches = [sum(self._batches), sum(other._batches)]
+        else:
+            self._early.merge(other._early)
+            self._late.merge(other._late)
+            self._batches = list(other._batches)
         if self._histogram is not None and other._histogram is not None:
             self._histogram.merge(other._histogram)
 

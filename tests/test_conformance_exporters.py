@@ -25,6 +25,7 @@ from monoquant_core.exporters import (
     PartAt,
     Refuses,
     Repacks,
+    Transform,
     Verdict,
 )
 from monoquant_core.model import ModelInfo, TensorSpec
@@ -276,12 +277,24 @@ class Fickle(Plain):
         return Refuses("not now") if self.asked == 1 else super().verdict(out, proposal)
 
 
-class ReadsTwice(Plain):
+class WritesTwice(Plain):
     """Two outputs of one tensor."""
 
     def outputs(self, specs: Sequence[TensorSpec], info: ModelInfo) -> Sequence[Output | Drop]:
         made = [o for o in super().outputs(specs, info) if isinstance(o, Output)]
         return [*made, *(replace(o, name=f"{o.name}.again") for o in made)]
+
+
+class ReadsTwice(Plain):
+    """An output that waits for a part of another one, which is made of the same tensor."""
+
+    def outputs(self, specs: Sequence[TensorSpec], info: ModelInfo) -> Sequence[Output | Drop]:
+        made = [o for o in super().outputs(specs, info) if isinstance(o, Output)]
+        plain = {s.name for s in specs if s.encoding is None}
+        again = next(o for o in made if o.inputs[0] in plain)
+        part = self.parts(again, Holds("", None))[0].name
+        waits = Transform(lambda inputs: inputs[0], "tensor", "again", of=((again.name, part),))
+        return [*made, replace(again, name=f"{again.name}.again", transform=waits)]
 
 
 class WritesItself(Plain):
@@ -319,6 +332,10 @@ SABOTAGE: list[tuple[Callable[[], Plain], str, str]] = [
     (Dated, "test_bytes_are_the_same", "bytes depend on threads or chunks"),
     (WritesItself, "test_failure_leaves_nothing", "something was left or changed"),
 ]
+
+
+def test_two_outputs_of_one_tensor_read_it_once(tmp_path: Path) -> None:
+    TestPlain().test_reads_every_row_once(WritesTwice(), ModelInfo("sample"), tmp_path)
 
 
 @pytest.mark.parametrize(("broken", "test", "message"), SABOTAGE, ids=lambda v: getattr(v, "__name__", None))

@@ -179,6 +179,9 @@ def test_moved_compares_the_later_batches_with_the_earlier_ones() -> None:
     shards = observed(Ends, steady[:2])
     shards.merge(observed(Ends, [b * 2 for b in steady[:3]]))
     assert shards.stats().moved == 3 / 8
+    collected = Observer(Ends)
+    collected.merge(observed(Ends, [*steady[:2], *(b * 2 for b in steady[:2])]))
+    assert collected.stats().moved == 3 / 8, "one shard is what it was"
 
 
 def test_an_outlier_is_told_by_the_magnitudes_that_are_not_zero() -> None:

@@ -217,6 +217,13 @@ def test_mse_is_the_least_of_brute_force_on_the_raw_data(kind: str, bits: int, s
     assert found <= 1.01 * mean_squared_error(values, float(plain[0]), float(plain[1]), bits, symmetric)
 
 
+def test_images_of_bytes_stay_exact() -> None:
+    """Values of 256 levels: clipping would save an error that they do not have."""
+    pixels = torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0)) / 255
+    low, high = ends(Mse(MseOptions()), pixels)
+    assert (low, high) == (0, 1)
+
+
 @pytest.mark.parametrize("grid", [Grid(8, False), Grid(8, True), Grid(3, False), Grid(2, True)])
 def test_squared_errors_are_the_integrals(grid: Grid) -> None:
     """Against the mean over many points of every bin."""
@@ -236,6 +243,40 @@ def test_squared_errors_are_the_integrals(grid: Grid) -> None:
             ]
         )
         assert float(found[i]) == pytest.approx(float((errors * counts).sum()), rel=1e-6)
+
+
+# --- anything ---
+
+NAMES = ["minmax", "moving-average", "percentile", "entropy", "mse"]
+
+numbers = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 255.0, 1e-30, -1e-30, 1e-44, 2.0**-132, 3.4e38, -3.4e38]),
+    st.floats(-1e3, 1e3, width=32),
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.sampled_from(NAMES),
+    st.sampled_from(["tensor", "channel"]),
+    st.lists(st.lists(numbers, min_size=1, max_size=30), min_size=1, max_size=3),
+)
+def test_ranges_of_anything_hold_zero_and_are_no_wider_than_needed(
+    name: str, granularity: str, batches: list[list[float]]
+) -> None:
+    declaration = load_registry().calibrator(name)
+    calibrator = declaration.load()(build(declaration.options, {"granularity": granularity}, owner=name))
+    low, high = ends(calibrator, *(torch.tensor(b).unsqueeze(1) for b in batches))
+    flat = [v for b in batches for v in b]
+    assert (low.shape, high.shape) == (((1,),) * 2 if granularity == "channel" else ((),) * 2)
+    assert float(low) <= 0 <= float(high)
+    assert float(low) < float(high) < math.inf
+    if float(high) != 1 or low:
+        # Not beyond what was observed, but for the rounding of a float64 to float32.
+        slack = 1 + 2.0**-23
+        assert min(0, *flat, 0) * slack <= float(low)
+        assert float(high) <= max(0, *flat, 0) * slack
 
 
 # --- options ---

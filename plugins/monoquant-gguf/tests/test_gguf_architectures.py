@@ -77,7 +77,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}),
     "gemma3": (
         "Gemma3",
-        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 7},
+        {
+            **{"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},
+            **{"num_hidden_layers": 6, "intermediate_size": 16},  # the 6th has full attention
+        },
     ),
     "phi3": ("Phi3", {"sliding_window": None}),
     "phi3-longrope": (
@@ -142,7 +145,7 @@ def test_llama_cpp_gives_the_logits_of_transformers(case: str, tmp_path: Path, l
     found = llamacpp.logits(str(file), ids[0].tolist(), flash=0, kv_f32=True)
     if "gemma" in case or case == "gpt2":  # at the edge between two entries of the table, a last bit decides
         assert np.linalg.norm(found - expected) <= 1e-4 * np.linalg.norm(expected)
-        assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
+        assert np.abs(found - expected).max() <= 2e-4 * np.abs(expected).max()
     else:
         assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 

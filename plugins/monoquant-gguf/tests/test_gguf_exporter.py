@@ -6,6 +6,7 @@ import hashlib
 import json
 import pydoc_data.topics
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -224,6 +225,7 @@ def test_types_of_floats_follow_the_converter(outtype: str, dtype: str, minilm: 
         assert stored == ("float32" if always else dtype), name
     assert sum(stored == dtype for stored in found.values()) >= 37
     assert any("limit of 256 tokens" in note for note in report.notes)
+    assert any("sentence-transformers' Normalize" in note for note in report.notes)
 
 
 def test_a_bfloat16_checkpoint_stays_bfloat16(tmp_path: Path) -> None:
@@ -269,6 +271,14 @@ def test_generic_keeps_every_name_and_value(tmp_path: Path) -> None:
         rows = range(int(np.prod(spec.shape[:-1])))
         assert torch.equal(source.read(spec.name, rows), state[spec.name])  # type: ignore[arg-type]
     assert np.array_equal(values(tmp_path / "m.gguf", "half"), state["half"].float().numpy())
+
+
+def test_generation_settings_that_are_lost_are_said(small_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_llama, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"temperature": 0.7}))
+    with mq.quantize(tmp_path / "model", scheme="Q8_0") as model:
+        notes = model.plan("gguf").notes
+    assert any("does not hold generation_config.json" in note for note in notes)
 
 
 def test_what_gguf_has_no_room_for_is_refused(tmp_path: Path) -> None:
@@ -382,6 +392,7 @@ def test_a_finished_folder_is_repacked_with_its_codes(
         assert torch.allclose(theirs.dequantize(), exact, rtol=2e-3, atol=1e-4)
         assert np.array_equal(values(tmp_path / "m.gguf", f"blk.1.{target}.weight"), theirs.dequantize().numpy())
     assert any("rounded" in note for note in report.notes)
+    assert 60 < report.sqnr_db < float("inf")  # what the rounding of scales to float16 costs
     with llamacpp.Model(str(tmp_path / "m.gguf"), n_ctx=64) as model:
         assert np.isfinite(model.logits([1, 300, 301])).all()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -18,7 +22,7 @@ from onnx_kit import check_quantizing_nodes, cnn, cosine, encoder, normal, opera
 
 import monoquant_core as mq
 from monoquant_core.encoding import FULL, INT4, INT8, UINT8, Encoding
-from monoquant_core.errors import UnsupportedEncodingError
+from monoquant_core.errors import PlanError, UnsupportedEncodingError
 from monoquant_core.tensor import QuantizedTensor, same_bits
 
 IDS = {"ids": np.random.default_rng(0).integers(0, 600, (3, 7))}
@@ -244,3 +248,70 @@ def test_convolutions_stay_weights_without_calibration(images: Path, tmp_path: P
     assert any("activations are left out" in note for note in report.notes)
     assert cosine(run(path, IMAGES), run(images, IMAGES)) > 0.999
     assert_reads_back(images, path, "w8a8")
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "monoquant_core.cli", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=120)
+
+
+def as_torch_has_it(path: Path) -> dict[str, torch.Tensor]:
+    """The graph's weights as a checkpoint of the same model: matrices as ``[outputs, inputs]``."""
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    turned = ("query.weight", "key.weight", "value.weight", "down.weight")
+    floats = {name: a.T if name in turned else a for name, a in arrays.items() if a.dtype == np.float32}
+    return {name: torch.from_numpy(array.copy()) for name, array in floats.items()}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [("int8", {}), ("int4", {"group_size": 32}), ("int4", {"group_size": 32, "symmetric": False})],
+)
+def test_a_finished_checkpoint_goes_onto_a_graph_with_its_codes(
+    text: Path, tmp_path: Path, scheme: str, options: dict[str, Any]
+) -> None:
+    finished, path = tmp_path / "finished.safetensors", tmp_path / "q.onnx"
+    with mq.quantize(as_torch_has_it(text), scheme=scheme, options=options) as model:
+        model.save(finished, "safetensors")
+    report = mq.export(finished, path, "onnx", format_options={"graph": str(text)})
+    assert report.nbytes == path.stat().st_size
+    before, after = tensors(finished), tensors(path)
+    for name in ("query.weight", "key.weight", "value.weight", "down.weight", "dense.weight"):
+        ours, theirs = before[name], after[name]
+        assert isinstance(ours, QuantizedTensor)
+        assert isinstance(theirs, QuantizedTensor)
+        turned = name != "dense.weight"
+        assert torch.equal(theirs.codes, ours.codes.T if turned else ours.codes)
+        assert torch.equal(theirs.dequantize(), ours.dequantize().T if turned else ours.dequantize())
+    found = operators(path, tmp_path)
+    assert found["MatMulNBits"] == (5 if scheme == "int4" else 4), found
+    assert cosine(run(path, IDS), run(text, IDS)) > 0.97
+
+
+def test_what_has_no_graph_says_how_to_get_one(text: Path, tmp_path: Path) -> None:
+    state, out = as_torch_has_it(text), tmp_path / "q.onnx"
+    floats, finished = tmp_path / "floats.safetensors", tmp_path / "finished.safetensors"
+    save_file(state, floats)
+    with mq.quantize(state, scheme="int8") as model:
+        model.save(finished, "safetensors")
+    cases = [
+        (floats, str(text), "--graph is for finished files"),
+        (finished, "", "is quantized already, and ONNX needs the graph of its model"),
+        (finished, str(tmp_path / "none.onnx"), "none.onnx: no such file"),
+    ]
+    for source, graph, message in cases:
+        with pytest.raises(PlanError, match=message) as refused, mq.load(source) as model:
+            model.save(out, "onnx", format_options={"graph": graph})
+        assert not out.exists()
+        assert graph or "--graph model.onnx" in refused.value.hint
+
+
+def test_the_command_plans_and_writes_the_same_sizes(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.onnx"
+    with mq.quantize(text, scheme="w8a8") as model:
+        planned = model.plan("onnx").bytes_after
+    done = command("quantize", text, "-o", out, "--format", "onnx", "--scheme", "w8a8", "--json")
+    assert done.returncode == 0, done.stderr
+    assert planned == json.loads(done.stdout)["bytes"] == out.stat().st_size
+    again = command("quantize", text, "-o", out, "--format", "onnx", "--scheme", "w8a8")
+    assert (again.returncode, "already exists" in again.stderr) == (2, True)

@@ -289,3 +289,67 @@ def test_transposing_blocks() -> None:
     value = QuantizedTensor(encoding, torch.randint(-8, 8, (6, 8), dtype=torch.int8), scale)
     assert torch.equal(turn(value, turned).dequantize(), value.dequantize().T)
     assert torch.equal(cut(turn(value, turned), range(4, 8)).dequantize(), value.dequantize().T[4:8])
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_quantized_graphs_that_make_no_sense_are_read_or_refused(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Parameters of any shape and type: an error is one line, and what is taken for a weight can be read."""
+    path = tmp_path_factory.mktemp("odd") / "x.onnx"
+    shapes = st.sampled_from([(), (1,), (16,), (32,), (2, 32), (16, 2), (16, 32), (32, 16), (3, 1, 1)])
+    weight = data.draw(st.sampled_from([TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.INT32]))
+
+    outer = data.draw(shapes)
+    fitting = [(), (1,), outer[:1], outer[-1:], (*outer[:-1], 2), (2, *outer[1:])]
+
+    def odd(name: str, usual: int) -> TensorProto:
+        kind = data.draw(st.sampled_from([usual] * 6 + [TensorProto.INT8, TensorProto.FLOAT]))
+        shape = outer if name == "w" else data.draw(st.sampled_from(fitting) | shapes)
+        values = np.random.default_rng(0).integers(0, 7, shape)
+        special = data.draw(st.sampled_from([1.0, 1.0, 0.0, float("nan"), float("inf")])) if kind == 1 else 1
+        return helper.make_tensor(name, kind, shape, (values * special if kind == 1 else values).ravel().tolist())
+
+    attributes = data.draw(
+        st.fixed_dictionaries(
+            {}, optional={"axis": st.integers(-3, 4), "block_size": st.sampled_from([-16, 0, 1, 16, 1 << 40])}
+        )
+    )
+    perm = data.draw(st.sampled_from([[1, 0], [0, 1], None]))
+    nodes = [helper.make_node("Transpose", ["w"], ["wt"], **({"perm": perm} if perm else {}))]
+    codes = data.draw(st.sampled_from(["w", "wt", "g", "xq"]))
+    nodes += [
+        helper.make_node("Gather", ["w", "ids"], ["g"]),
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        helper.make_node("DequantizeLinear", [codes, "s", "z"][: data.draw(st.integers(2, 3))], ["d"], **attributes),
+        helper.make_node("MatMul", ["x", "d"], ["y"]),
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["a", "as", "az"]),
+        helper.make_node("MatMulInteger", ["a", data.draw(st.sampled_from(["w", "wt"])), "az", "z"], ["m"]),
+        helper.make_node("Cast", ["m"], ["mf"], to=1),
+        helper.make_node("Mul", ["as", "s"], ["ms"]),
+        helper.make_node("Mul", ["mf", "ms"], ["y2"]),
+        helper.make_node("Add", ["y", "y2"], ["sum"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 16]),
+            helper.make_tensor_value_info("ids", TensorProto.INT64, [3]),
+        ],
+        [helper.make_tensor_value_info("sum", TensorProto.FLOAT, None)],
+        [odd("w", weight), odd("s", TensorProto.FLOAT), odd("z", weight)],
+    )
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), str(path))
+    message = ""
+    try:
+        source = open_onnx(path)
+        for spec in source.specs():
+            value = source.read(spec.name, r.all_rows(spec.shape))
+            assert (value.shape if isinstance(value, QuantizedTensor) else tuple(value.shape)) == spec.shape
+        source.close()
+    except SourceError as exc:
+        message = str(exc)
+        assert message.startswith(str(path))
+    assert "\n" not in message

@@ -13,6 +13,7 @@ from monoquant_core.errors import OptionError
 _PER_OCTAVE = 8  # ends tried first: for both signs at once, then for each
 _REFINED = 9  # tried around the best one, in each round after that
 _ROUNDS = (1.1, 1.03, 1.008)  # factors by which an end is moved at most
+_WORTH = 0.01  # of the error must be saved to clip anything: unseen values may lie beyond the observed ones
 _THIN = 1e-6  # steps: in a bin that is not wider, all values are its middle
 
 
@@ -79,18 +80,20 @@ class Search:
         self._bins = lower[kept], upper[kept], counts[kept]
 
     def best(self) -> torch.Tensor:
-        """Low and high, float64 ``[2]``."""
+        """Low and high, float64 ``[2]``; the widest range where clipping would save next to nothing."""
         best = self._choose(*self._clip(self._magnitudes))
         if self.grid.symmetric:
             for factor in _ROUNDS:
                 best = self._choose(*self._clip(best[1] * _around(factor)))
-            return best
-        for end in (0, 1):
-            best = self._move(best, end, self._tails[end])
-        for factor in _ROUNDS:
+        else:
             for end in (0, 1):
-                best = self._move(best, end, best[end] * _around(factor))
-        return best
+                best = self._move(best, end, self._tails[end])
+            for factor in _ROUNDS:
+                for end in (0, 1):
+                    best = self._move(best, end, best[end] * _around(factor))
+        widest = self._fit(self.minimum, self.maximum)
+        errors = self._errors(*torch.stack([best, widest]).unbind(1))
+        return widest if errors[1] <= (1 + _WORTH) * errors[0] else best
 
     def _clip(self, magnitudes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Ranges of values up to each magnitude."""
@@ -104,11 +107,18 @@ class Search:
 
     def _choose(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         """Of several ranges the one with the least error; of equally good ones the first."""
+        ranges = self._fit(low, high)
+        return ranges[:, self._errors(*ranges).argmin()]
+
+    def _fit(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """Ranges as the integers allow them."""
         if self.grid.symmetric:
             high = torch.maximum(-low, high)
             low = -high
-        best = squared_errors(*self._bins, self.grid, low, high).argmin()
-        return torch.stack([low[best], high[best]])
+        return torch.stack([low, high])
+
+    def _errors(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        return squared_errors(*self._bins, self.grid, low, high)
 
 
 def squared_errors(

@@ -146,6 +146,7 @@ class QuantizedData:
     encoding: Encoding
     shift: int = 0  #: added to codes and zero points: 128 for int8 that the IR has as uint8
     activation: ActivationQuant | None = None  #: how the graph quantizes the input that meets this weight
+    where: str = ""  #: file and tensor, for messages
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -197,13 +198,6 @@ class QuantizedData:
         except Mismatch as exc:
             raise SourceError(f"{self.where}: {exc.reason}") from exc
         return tensor
-
-    @property
-    def where(self) -> str:
-        """File and tensor, for messages."""
-        if isinstance(self.codes, FileData):
-            return tensor_at(self.codes.place.path, self.codes.place.name)
-        return "a quantized tensor"
 
     def _grid(self, rows: range) -> tuple[int, ...]:
         return param_shape(r.chunk_shape(self.shape, rows), self.encoding.block)

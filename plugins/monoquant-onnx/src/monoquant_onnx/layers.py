@@ -52,6 +52,8 @@ def kind_of_use(graph: OnnxGraph, initializer: str, spec: TensorSpec, info: Mode
         return "head_transposed" if named == "head" and found == {"linear_transposed"} else named
     if len(found) == 1 and (kind := found.pop()):
         return kind
+    if not spec.is_float:
+        return "state"  # indices, masks
     return named if named in ("bias", "norm", "vector", "embedding") else "vector" if len(spec.shape) < 2 else ""
 
 

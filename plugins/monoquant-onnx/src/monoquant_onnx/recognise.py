@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from monoquant_core import encoding as e
+from monoquant_core.containers.entries import tensor_at
 from monoquant_core.errors import EncodingError
 from monoquant_onnx.data import Data, MemoryData, QuantizedData, reshaped, whole
 from monoquant_onnx.layers import attribute
 
 if TYPE_CHECKING:
-    import torch
-
     from monoquant_onnx.graph import OnnxGraph
 
 _ELEMENTS = {
@@ -56,8 +55,7 @@ def encoded(
     """What DequantizeLinear makes of constants; None when the IR has no such encoding. 32-bit biases become floats."""
     rank = len(codes.shape)
     if codes.dtype == "int32" and not block_size and zero_point is None:
-        values = whole(codes).double() * _along(whole(scale).double(), axis, rank)
-        return MemoryData(values.to(whole(scale).dtype))
+        return _bias(codes, scale)
     element = _ELEMENTS.get(codes.dtype)
     if element is None or not codes.shape or block_size < 0 or not scale.dtype.startswith(("float", "bfloat")):
         return None
@@ -83,6 +81,15 @@ def encoded(
     except EncodingError:
         return None
     return QuantizedData(codes, where, zeros, found, shift)
+
+
+def _bias(codes: Data, scale: Data) -> MemoryData | None:
+    """A vector of 32-bit codes as floats: no element type of the IR has as many bits."""
+    count = math.prod(scale.shape)
+    if len(codes.shape) != 1 or count not in (1, codes.shape[0]) or scale.dtype not in e.FLOAT_BITS:
+        return None
+    factor = whole(scale).reshape(-1)
+    return MemoryData((whole(codes).double() * factor.double()).to(factor.dtype))
 
 
 def _block(scale: tuple[int, ...], rank: int, axis: int, block_size: int) -> tuple[int, ...]:
@@ -347,6 +354,8 @@ def _become(graph: OnnxGraph, codes: ir.Value | None, data: QuantizedData | Memo
             graph.data[codes.name] = graph.data.pop(old)
     else:
         name = wanted if wanted not in graph.model.graph.initializers else graph.free_name(wanted)
+    if isinstance(data, QuantizedData):
+        data = dataclasses.replace(data, where=tensor_at(graph.name, name))
     graph.bind(name, data)
     return graph.model.graph.initializers[name]
 
@@ -387,11 +396,3 @@ def _in_shape(scale: Data, grid: tuple[int, ...]) -> Data | None:
     zeros = reshaped(scale.zero_point, small) if scale.zero_point is not None else None
     lifted = e.Encoding(inner.element, block, inner.scale, inner.zero_point)
     return QuantizedData(reshaped(scale.codes, grid), reshaped(scale.scale, small), zeros, lifted, scale.shift)
-
-
-def _along(values: torch.Tensor, axis: int, rank: int) -> torch.Tensor:
-    shape = [1] * max(1, rank)
-    if values.numel() == 1:
-        return values.reshape(())
-    shape[axis % max(1, rank)] = -1
-    return values.reshape(shape)

@@ -125,21 +125,23 @@ def _trial(layout: Layout, weight: torch.Tensor, rounds: int) -> _Trial:
     given = {label: weight.to(dtype) for label, dtype in DTYPES.items()}
     for label, x in given.items():
         for rounding in ("llama.cpp", "search"):
-            contenders[f"{rounding}, {label}"] = partial(_run, layout, x, rounding)
+            contenders[f"{rounding}, {label}"] = partial(_run, layout, x, rounding, Scratch())
     times = interleaved(contenders, rounds)
-    errors = {r: _relative_error(layout, list(_packed(layout, weight, r)), weight) for r in ("llama.cpp", "search")}
+    errors = {
+        r: _relative_error(layout, list(_packed(layout, weight, r, Scratch())), weight) for r in ("llama.cpp", "search")
+    }
     different = sum(_different(layout, x) for x in given.values()) if ggml.available() else None
     return _Trial(layout, times, different, errors)
 
 
-def _run(layout: Layout, weight: torch.Tensor, rounding: str) -> None:
-    for _ in _packed(layout, weight, rounding):
+def _run(layout: Layout, weight: torch.Tensor, rounding: str, scratch: Scratch) -> None:
+    for _ in _packed(layout, weight, rounding, scratch):
         pass
 
 
-def _packed(layout: Layout, weight: torch.Tensor, rounding: str) -> Iterator[torch.Tensor]:
+def _packed(layout: Layout, weight: torch.Tensor, rounding: str, scratch: Scratch) -> Iterator[torch.Tensor]:
     """Blocks of one chunk after another."""
-    spec, scratch = TensorSpec("weight", tuple(weight.shape), str(weight.dtype).removeprefix("torch.")), Scratch()
+    spec = TensorSpec("weight", tuple(weight.shape), str(weight.dtype).removeprefix("torch."))
     encoding, step = layout.encoding_for(2), CHUNK_ELEMENTS // COLUMNS
     for first in range(0, len(weight), step):
         rows = range(first, min(first + step, len(weight)))
@@ -155,7 +157,7 @@ def _relative_error(layout: Layout, packed: list[torch.Tensor], weight: torch.Te
 
 
 def _different(layout: Layout, weight: torch.Tensor) -> int:
-    ours = torch.cat(list(_packed(layout, weight, "llama.cpp")))
+    ours = torch.cat(list(_packed(layout, weight, "llama.cpp", Scratch())))
     return int((ours != ggml.quantize(weight.float(), layout)).sum())
 
 

@@ -23,9 +23,9 @@ from monoquant_gguf.kernels.simple import SIMPLE
 from monoquant_gguf.layouts import Layout
 from monoquant_gguf.quantizer import accelerator
 
-#: Elements at a time, at least a row: what torch keeps beside them stays in the cache, which is more in a search.
-#: A compiled search keeps little.
-SIMPLE_SPAN, SEARCH_SPAN, COMPILED_SPAN = 1 << 18, 1 << 16, 1 << 19
+#: Elements at a time, at least a row. What a search in torch keeps beside them stays in the cache; all else keeps
+#: little, and takes the time of a call rather.
+SPAN, SEARCH_SPAN = 1 << 19, 1 << 16
 
 
 @functools.lru_cache(maxsize=1)
@@ -83,9 +83,9 @@ def _searches(
 ) -> tuple[ModuleType, int]:
     """What runs the searches, and how many elements at a time."""
     if layout.name in SIMPLE and weights is None and not (search and layout.name in better.NORMAL_STEP):
-        return in_torch, SEARCH_SPAN if search else SIMPLE_SPAN
+        return in_torch, SEARCH_SPAN if search else SPAN
     if device.type == "cpu" and (compiled := _compiled()) is not None:
-        return compiled, COMPILED_SPAN
+        return compiled, SPAN
     return in_torch, SEARCH_SPAN
 
 

@@ -111,6 +111,51 @@ def test_bert_is_exact(bert, tmp_path, case):
     assert check_exact(load(path), path) == 13  # the pooler too
 
 
+@pytest.fixture(scope="module")
+def calibrated(llama) -> mq.Statistics:
+    ids = torch.randint(0, 96, (128, 12), generator=torch.Generator().manual_seed(0))
+    return mq.calibrate(llama, [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(32)])
+
+
+@pytest.mark.parametrize("case", ["w8a8", "w8a8 per tensor", "fp8", "fp8 per tensor"])
+def test_static_activations_are_loaded(llama, calibrated, tmp_path, case):
+    """Ranges that calibration found, as transformers has them, and as the file is read back."""
+    scheme, _, tensor = case.partition(" per ")
+    options = {"activations": "static"} | ({"granularity": "tensor"} if tensor else {})
+    path = quantize(llama, tmp_path / "out", scheme, options, stats=calibrated)
+    model = load(path)
+    assert check_exact(model, path) == 14
+    group = quantization(path)["config_groups"]["group_0"]["input_activations"]
+    kind, largest = ("int", 127) if scheme == "w8a8" else ("float", 448)
+    assert (group["type"], group["strategy"], group["dynamic"], group["symmetric"]) == (kind, "tensor", False, True)
+    with mq.load(path) as back:
+        specs = {spec.name: spec for spec in back.source.specs()}
+    for name, module in model.named_modules():
+        if f"{name}.weight" not in specs or specs[f"{name}.weight"].encoding is None:
+            continue
+        observed, activation = calibrated[f"{name}:input"], specs[f"{name}.weight"].activation
+        expected = max(-float(observed.low), float(observed.high)) / largest
+        assert module.input_scale.item() == pytest.approx(expected, rel=1e-6)
+        assert activation.high == -activation.low == largest * module.input_scale.item()
+    again = tmp_path / "again"
+    with mq.load(path) as model:
+        model.save(again)
+    assert (again / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
+
+
+def test_static_activations_that_nothing_loads(llama, calibrated, tmp_path):
+    """Packed weights with a static range: the format offers what it can hold, and says so."""
+    with mq.quantize(llama, scheme="int4", stats=calibrated) as model:
+        plan = model.plan("safetensors")
+    assert all(s.placed.proposal is None or s.placed.proposal.activation is None for s in plan.steps)
+    path = quantize(llama, tmp_path / "out", "w8a8", {"activations": "static"}, stats=calibrated)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"]["strategy"] = "channel"
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(mq.MonoquantError, match="input_activations"):
+        mq.load(path)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("case", ["int8", "int4 g32", "fp8"])
 def test_half_precision_is_exact(llama, tmp_path, case, dtype):

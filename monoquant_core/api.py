@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 RecipeLike = Recipe | Mapping[str, Any] | str | Path
 DEFAULT_FORMAT = "safetensors"
 DEFAULT_SCHEME = "int8"
-DEFAULT_CALIBRATOR = "percentile"
+DEFAULT_CALIBRATOR = "mse"
 MADE_UP = 4  #: samples that are made up where there are no data
 
 
@@ -330,23 +330,33 @@ def plan_all(targets: Sequence[Target]) -> list[tuple[Plan, Path]]:
 def verify(
     path: str | os.PathLike[str],
     against: Model,
-    data: Iterable[Batch] | None = None,
+    data: str | os.PathLike[str] | Iterable[Batch] | None = None,
     *,
     runtime: str = "",
     tolerance: float | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    samples: int = 256,
+    batch_size: int = 32,
+    seed: int = 0,
+    preprocess: str = "",
+    tokenizer: str = "",
+    length: int = 0,
     unsafe_pickle: bool = False,
     registry: Registry | None = None,
 ) -> Verification:
     """Run a finished file in its runtime, and hold the outputs against its own dequantized values and the original.
 
     :param against: what was quantized.
-    :param data: batches: a tensor, a tuple or a mapping by input name; ``labels`` among them are the right classes.
-        None makes inputs up, on which no quality is measured.
+    :param data: batches: a tensor, a tuple or a mapping by input name; ``labels`` among them are the right classes. Or
+        what ``--data`` names; ``samples`` to ``length`` are for it. None makes inputs up, on which no quality is
+        measured.
+    :param weights: a checkpoint for the module that ``against`` is, or makes.
     :param runtime: name of one, where several run the file.
     :param tolerance: largest relative error against the dequantized values; None is what the runtime's arithmetic
         explains.
     :raises ExecutionError: when no runtime runs the file, or it does not load it.
     """
+    from monoquant_core.data import DataOptions, Recipient, open_data
     from monoquant_core.graphs import made_up_batch, runnable_of
     from monoquant_core.verification import Subject, named, verify_with
 
@@ -356,9 +366,14 @@ def verify(
         finished = open_source(path, registry=registry)
         opened.callback(finished.close)
         name, running = find_runtime(target, registry, runtime)
-        original = open_source(against, registry=registry, unsafe_pickle=unsafe_pickle)
+        original = open_source(against, weights=weights, registry=registry, unsafe_pickle=unsafe_pickle)
         opened.callback(original.close)
         graph = runnable_of(original)
+        if isinstance(data, str | os.PathLike):
+            taken = DataOptions(samples, batch_size, seed, preprocess, tokenizer, length)
+            info = original.info
+            takes = Recipient(info.name, graph.inputs, info.side_files, info.config, extra=("labels",))
+            data = open_data(os.fspath(data), takes, taken)
         batches = [named(b, graph.inputs) for b in data] if data is not None else [made_up_batch(graph, MADE_UP)]
         subject = Subject(target, finished, name, running)
         return verify_with(subject, original, batches, tolerance=tolerance, scored=data is not None)

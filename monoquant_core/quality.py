@@ -81,7 +81,7 @@ def judge(
             outlier,
             "{:.0f}x the 99.9th percentile",
             "a few outliers make the range at {points}: steps are coarse for all other values; use --calibrator "
-            "percentile, or look for broken samples",
+            "mse, or look for broken samples",
         ),
         "constant": (
             constant,

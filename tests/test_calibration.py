@@ -157,8 +157,9 @@ def test_outliers_clipping_and_ranges_that_move() -> None:
     wide = mq.calibrate(net(), batches(x), calibrator="minmax")
     assert "outlier" in kinds(wide)
     # One sample of 128 is cut off.
-    assert "outlier" not in kinds(mq.calibrate(net(), batches(x), options={"percentile": 98.0}))
-    narrow = mq.calibrate(net(), batches(images()), options={"percentile": 98.0})
+    cut_off: dict[str, Any] = {"calibrator": "percentile", "options": {"percentile": 98.0}}
+    assert "outlier" not in kinds(mq.calibrate(net(), batches(x), **cut_off))
+    narrow = mq.calibrate(net(), batches(images()), **cut_off)
     clipped = next(f for f in narrow.findings if f.kind == "clipped")
     assert "conv:input" in clipped.points
     growing = images() * torch.linspace(0.1, 3, 128).view(-1, 1, 1, 1)
@@ -312,7 +313,7 @@ def test_a_cache_is_used_only_for_what_it_is_of(tmp_path: Path) -> None:
     for stale in (
         runs(batches(images(seed=1))),
         runs(x, calibrator="minmax"),
-        runs(x, options={"percentile": 99.0}),
+        runs(x, calibrator="percentile", options={"percentile": 99.0}),
     ):
         assert stale[0] > 0
         assert any("is not used, and the model is calibrated anew" in note for note in stale[1].notes)
@@ -459,7 +460,7 @@ def test_real_images_are_good_data_and_bad_ones_are_seen(shared: Path, resnet: A
     assert (stats.samples, kinds(stats)) == (256, [])
     assert len(stats) == 40
     few = calibrate_resnet(shared, archive, preprocess="resnet_cifar:preprocess", samples=4)
-    assert {"few", "clipped"} <= set(kinds(few))
+    assert "few" in kinds(few)
     assert kinds(calibrate_resnet(shared, torch.randn(256, 3, 32, 32))) == ["alike"]
 
 

@@ -88,7 +88,7 @@ def test_calibrate_then_plan_and_quantize(do: Callable[..., Done], alone: Callab
 
     other = do(*command, "--calibrator", "percentile:percentile=99")
     assert other.returncode == 2
-    assert "s.safetensors: already exists, of calibrator 'percentile'" in other.stderr
+    assert "s.safetensors: already exists, of calibrator 'mse'" in other.stderr
     assert "--force replaces it" in other.stderr
     forced = do(*command, "--calibrator", "minmax", "--force")
     assert forced.returncode == 0

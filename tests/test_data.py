@@ -92,6 +92,19 @@ def test_names_of_arrays_are_inputs(tmp_path: Path) -> None:
     assert list(one) == ["image"]
 
 
+def test_labels_go_along_where_they_are_asked_for(code: Path) -> None:
+    np.savez(code / "x.npz", images=X, labels=np.arange(10))
+    target = Recipient("net", [Input("x")], extra=("labels",))
+    for where in (str(code / "x.npz"), f"{code / 'x.npz'}:images"):
+        (batch,) = list(open_data(where, target, DataOptions(preprocess="users_data:scaled")))
+        assert isinstance(batch, dict)
+        assert sorted(batch) == ["labels", "x"]
+        assert torch.equal(batch["x"][:, 0] * 10, batch["labels"] * 4.0)
+    (batch,) = list(open_data(str(code / "x.npz"), Recipient("net", [Input("labels")])))
+    assert isinstance(batch, dict)
+    assert list(batch) == ["labels"]
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int64", "float16", "float64", "bool", ">f4"])
 def test_dtypes_are_left_to_the_model(dtype: str, tmp_path: Path) -> None:
     x = (X % 2).astype(dtype)

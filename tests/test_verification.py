@@ -147,6 +147,17 @@ def test_quality_is_measured_on_data(llama: Path, quantized: Path) -> None:
     assert quality.before == pytest.approx(math.exp(total / 2), rel=1e-4)
 
 
+def test_data_of_a_file(llama: Path, quantized: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    ids = torch.randint(0, 96, (6, 12))
+    torch.save({"input_ids": ids}, tmp_path / "ids.pt")
+    from_file = mq.verify(quantized, llama, tmp_path / "ids.pt", batch_size=3)
+    (expected,) = mq.verify(quantized, llama, [{"input_ids": ids}]).qualities
+    (found,) = from_file.qualities
+    assert from_file.samples == 6
+    assert found.before == pytest.approx(expected.before, rel=1e-6)
+
+
 def test_two_percent_worse_is_warned_of(llama: Path, tmp_path: Path) -> None:
     """A model that has learned its data by heart, then 2 bits."""
     model = transformers.LlamaForCausalLM.from_pretrained(llama)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from monoquant_core.api import QuantizedModel
     from monoquant_core.statistics import Statistics
 
-DEFAULT = "percentile"
+DEFAULT = "mse"
 
 StatsFile = Annotated[
     Path,

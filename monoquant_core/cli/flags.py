@@ -100,7 +100,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="DATA",
-        help="Samples to calibrate with: .npz, .npy, .safetensors or .pt (or FILE:KEY), .txt or .jsonl, a folder of "
+        help="Samples to run the model on: .npz, .npy, .safetensors or .pt (or FILE:KEY), .txt or .jsonl, a folder of "
         "images, or pkg.mod:function that yields batches.",
         show_default=False,
     ),

@@ -36,17 +36,39 @@ def register(app: typer.Typer, registry: Registry) -> None:
                 show_default=False,
             ),
         ] = None,
+        weights: flags.Weights = None,
+        data: flags.Data = "",
+        samples: flags.Samples = 256,
+        batch_size: flags.BatchSize = 32,
+        seed: flags.Seed = 0,
+        preprocess: flags.Preprocess = "",
+        data_tokenizer: flags.Tokenizer = "",
+        length: flags.Length = 0,
         unsafe_pickle: flags.UnsafePickle = False,
         json: flags.Json = False,
     ) -> None:
         """Run a finished file in its runtime and compare outputs: with its own dequantized values, and the original's.
 
-        Exit status 1 when it is out of tolerance. Without --data the inputs are made up, and no quality is measured.
+        Exit status 1 when it is out of tolerance. Without --data the inputs are made up, and no quality is measured; an
+        array 'labels' in the data is the right classes.
         """
         from monoquant_core import api
 
         found = api.verify(
-            path, against, runtime=runtime, tolerance=tolerance, unsafe_pickle=unsafe_pickle, registry=registry
+            path,
+            against,
+            data or None,
+            runtime=runtime,
+            tolerance=tolerance,
+            weights=weights,
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            preprocess=preprocess,
+            tokenizer=data_tokenizer,
+            length=length,
+            unsafe_pickle=unsafe_pickle,
+            registry=registry,
         )
         if json:
             out_json(_as_dict(found))

@@ -63,6 +63,7 @@ class Recipient:
     inputs: Sequence[Input] = ()
     side_files: Mapping[str, Path] = field(default_factory=dict)  #: of a model folder: its tokenizer
     config: Mapping[str, Any] | None = None
+    extra: Sequence[str] = ()  #: arrays that are taken along where there are any: ``labels``
 
     def fixed_batch(self) -> int | None:
         """The batch size that the model insists on, if it does."""

@@ -35,7 +35,7 @@ def arrays(path: Path, key: str, target: Recipient, options: DataOptions) -> Dat
     readers = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors}
     found = (readers.get(suffix) or _torch)(path)
     prepare = preprocessor(options)
-    names, notes = _names(path, found, key, target, prepared=prepare is not None)
+    names, notes = _names(path, found, key, target)
     totals = {source: found[source][0] for source in names}
     if len(set(totals.values())) > 1:
         text = ", ".join(f"{name} has {count}" for name, count in totals.items())
@@ -48,33 +48,40 @@ def arrays(path: Path, key: str, target: Recipient, options: DataOptions) -> Dat
         index = chosen(total, options)
         values = {names[source]: _take(found[source][1], index) for source in names}
         for part in in_batches(values, target, options):
-            yield part if prepare is None else _prepared(prepare, part)
+            beside = {name: part.pop(name) for name in target.extra if name in part}
+            batch = part if prepare is None else _prepared(prepare, part)
+            if beside:
+                batch = batch if isinstance(batch, Mapping) else {_first(target): batch}
+            yield {**batch, **beside} if isinstance(batch, Mapping) else batch
 
     return Data(str(path), batches, notes)
 
 
-def _names(
-    path: Path, found: Arrays, key: str, target: Recipient, *, prepared: bool
-) -> tuple[dict[str, str], tuple[str, ...]]:
+def _names(path: Path, found: Arrays, key: str, target: Recipient) -> tuple[dict[str, str], tuple[str, ...]]:
     """Which arrays are read, and the input that each is for; and what is left out."""
     inputs = [i.name for i in target.inputs if i.name != "**"]
-    first = inputs[0] if inputs else "0"
+    first = _first(target)
+    beside = {name: name for name in target.extra if name in found and name != key}
     if key:
         if key not in found:
             raise CalibrationError(f"{path}: has no array {key!r}", hint=f"it has {', '.join(found)}")
-        return {key: key if key in inputs else first}, ()
-    matching = {name: name for name in found if name in inputs}
-    if matching:
+        return {key: key if key in inputs else first, **beside}, ()
+    matching = {name: name for name in found if name in inputs or name in beside}
+    if len(matching) > len(beside):
         left = [name for name in found if name not in matching]
         return matching, (f"{path}: not read, no inputs of the model: {', '.join(left)}",) if left else ()
-    if len(found) == 1:
-        return {next(iter(found)): first}, ()
-    if prepared and not inputs:
-        return {name: name for name in found}, ()
+    others = [name for name in found if name not in beside]
+    if len(others) == 1:
+        return {others[0]: first, **beside}, ()
     raise CalibrationError(
         f"{path}: none of its arrays is an input of {target.name}: {', '.join(found) or 'it has none'}",
         hint=f"inputs: {describe_inputs(target.inputs)}; name one array for the first of them: {path}:KEY",
     )
+
+
+def _first(target: Recipient) -> str:
+    """The name of the model's first input."""
+    return next((i.name for i in target.inputs if i.name != "**"), "0")
 
 
 def _take(read: Callable[[list[int]], torch.Tensor], index: list[int]) -> torch.Tensor:

@@ -346,3 +346,32 @@ assert (error <= step * 0.6).all() and error.any()
 assert np.array_equal(after["output_norm.weight"], before["model.norm.weight"])
 """
     run(venv.bin("python"), "-c", code, cwd=tmp_path)
+
+
+def test_the_onnx_extra_writes_a_file_that_onnxruntime_runs(dists: Dists, tmp_path: Path) -> None:
+    venv = fresh_venv(tmp_path / "venv", dists, f"{dists.wheel('monoquant')}[onnx]")
+    assert "site-packages" in venv.files()
+    source, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    code = f"""
+import numpy as np, onnx
+from onnx import TensorProto, helper, numpy_helper
+weight = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+graph = helper.make_graph(
+    [helper.make_node("MatMul", ["x", "layer.weight"], ["y"])], "g",
+    [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
+    [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 32])],
+    [numpy_helper.from_array(weight, "layer.weight")],
+)
+onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), {str(source)!r})
+"""
+    run(venv.bin("python"), "-c", code, cwd=tmp_path)
+    report = json.loads(venv.monoquant("quantize", source, "-o", out, "--scheme", "w8a8", "--json").stdout)
+    assert report["bytes"] == out.stat().st_size
+    code = f"""
+import numpy as np, onnxruntime as ort
+x = np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
+before, after = (ort.InferenceSession(path).run(None, {{"x": x}})[0] for path in ({str(source)!r}, {str(out)!r}))
+cosine = (before * after).sum() / np.linalg.norm(before) / np.linalg.norm(after)
+assert 0.999 < cosine < 1 - 1e-9, cosine
+"""
+    run(venv.bin("python"), "-c", code, cwd=tmp_path)

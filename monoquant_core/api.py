@@ -543,10 +543,10 @@ class QuantizedModel:
             info = self.source.info
             target = Recipient(info.name, graph.inputs, info.side_files, info.config)
             data = open_data(os.fspath(data), target, DataOptions(**taken))
+        if self._example is None and iter(data) is not data:
+            self._example = next(iter(data), None)  # for formats that trace the model
         needs_graph = bool(format) and self._registry.exporter(format).needs == "graph"
         if needs_graph:
-            if self._example is None and iter(data) is not data:
-                self._example = next(iter(data), None)
             made = self._source_for(format, format_options)
             graph = graph if made is self.source else runnable_of(made)
         name = self._registry.exporter(format).name if needs_graph else ""

@@ -154,6 +154,17 @@ def test_weights_for_a_factory(alone: Callable[..., Done], work: Path) -> None:
     assert torch.equal(load_file(work / "out" / "model.safetensors")["0.weight"], other[0].weight.half())
 
 
+def test_a_factory_is_a_model_for_export_and_plan(do: Callable[..., Done], work: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2).state_dict(), work / "w.pt")
+    done = do("export", "userscode:net", "--format", "safetensors", "--data", "userscode:batches", "-o", "out")
+    assert done.returncode == 0, done.stderr
+    planned = do("plan", "userscode:net", "--scheme", "int8", "--json")
+    assert {t["name"] for t in json.loads(planned.stdout)["tensors"]} == {"0.weight", "0.bias", "3.weight", "3.bias"}
+    refused = do("export", "userscode:net", "--weights", "w.pt", "--format", "safetensors", "-o", "out2")
+    assert refused.returncode == 2
+    assert "w.pt: does not fit Sequential: it lacks 0.bias, 0.weight, 3.bias and 1 more" in refused.stderr
+
+
 REFUSED = {
     "no module": (("nowhere:net",), "nowhere:net: there is no module 'nowhere'"),
     "no name": (("userscode:nothing",), "userscode:nothing: userscode has no 'nothing'"),

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from monoquant_core.encoding import FULL, INT4, INT8, UINT8, Encoding, per_channel
+from monoquant_core.encoding import FULL, INT4, INT8, UINT8, ActivationQuant, Encoding, per_channel
 from monoquant_core.errors import CalibrationError, QuantizationError
 from monoquant_core.model import TensorSpec
 from monoquant_core.observed import checked_state
 from monoquant_core.rows import chunks, quantum
 from monoquant_core.schemes import Context, Proposal, Refusal
 from monoquant_core.scratch import Scratch
-from monoquant_core.stats import usable_range
+from monoquant_core.stats import TensorStats, usable_range
 from monoquant_core.tensor import QuantizedTensor
 from monoquant_core.testing import CalibratorConformance, QuantizerConformance
 from monoquant_core.testing.checks import half_step_excess
@@ -93,6 +94,17 @@ class AnswersNone(AbsMax):
 class RejectsItsOwn(AbsMax):
     def accepts(self, spec: TensorSpec, encoding: Encoding) -> bool:
         return False
+
+
+class RoundsRanges(AbsMax):
+    def with_ranges(self, spec: TensorSpec, proposal: Proposal, stats: TensorStats) -> Proposal:
+        return replace(proposal, activation=ActivationQuant(INT8, "tensor", False, low=-3.5, high=3.5))
+
+
+class RangesChangeTheWeight(AbsMax):
+    def with_ranges(self, spec: TensorSpec, proposal: Proposal, stats: TensorStats) -> Proposal:
+        assert isinstance(proposal.encoding, Encoding)
+        return replace(proposal, encoding=replace(proposal.encoding, scale="float16"))
 
 
 class AnotherEncoding(AbsMax):
@@ -259,6 +271,8 @@ SABOTAGE: list[tuple[type[AbsMax], str, str]] = [
     (Undecided, "test_proposes_or_refuses", "another answer the second time"),
     (AnswersNone, "test_proposes_or_refuses", "vector: None"),
     (RejectsItsOwn, "test_accepts_what_it_proposes", "not its own int8"),
+    (RoundsRanges, "test_ranges_change_activations_only", "the range has become (-3.5, 3.5)"),
+    (RangesChangeTheWeight, "test_ranges_change_activations_only", "another encoding of the weight"),
     (AnotherEncoding, "test_gives_what_it_promises", "promised int8[1x*]*float32, gave int8[1x*]*float64"),
     (OutOfClip, "test_gives_what_it_promises", "code -128 is below -127"),
     (InfiniteScale, "test_gives_what_it_promises", "scale is not finite"),

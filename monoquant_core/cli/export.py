@@ -18,6 +18,15 @@ Requantize = Annotated[
     str,
     typer.Option("--scheme", metavar="NAME", help="Scheme for --on-unsupported requantize.", show_default=False),
 ]
+ExampleData = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="Samples as calibrate takes them: examples of the inputs, for a format that traces the model.",
+        show_default=False,
+    ),
+]
 
 
 def register(app: typer.Typer, registry: Registry) -> None:
@@ -38,6 +47,10 @@ def register(app: typer.Typer, registry: Registry) -> None:
         device: flags.Device = "cpu",
         force: flags.Force = False,
         nonfinite: flags.Nonfinite = flags.NonfiniteChoice.refuse,
+        weights: flags.Weights = None,
+        data: ExampleData = "",
+        preprocess: flags.Preprocess = "",
+        data_tokenizer: flags.Tokenizer = "",
         unsafe_pickle: flags.UnsafePickle = False,
         json: flags.Json = False,
         quiet: flags.Quiet = False,
@@ -61,8 +74,10 @@ def register(app: typer.Typer, registry: Registry) -> None:
             "format_options": options["format"],
             "on_unsupported": on_unsupported.value,
         }
-        source = api.open_source(src, registry=registry, unsafe_pickle=unsafe_pickle)
+        source = api.open_source(src, weights=weights, registry=registry, unsafe_pickle=unsafe_pickle)
         with api.QuantizedModel(source, registry, scheme, options["scheme"], quantizing=False) as model:
+            if data:
+                model.calibration(data, samples=2, preprocess=preprocess, tokenizer=data_tokenizer)
             save_or_plan(
                 [(model, output, saving)],
                 dry_run=dry_run,

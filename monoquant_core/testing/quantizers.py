@@ -17,6 +17,7 @@ from monoquant_core.model import TensorSpec
 from monoquant_core.rows import all_rows, chunks, quantum, row_length
 from monoquant_core.schemes import Context, Proposal, Quantizer, Refusal
 from monoquant_core.scratch import Scratch
+from monoquant_core.stats import TensorStats
 from monoquant_core.tensor import QuantizedTensor, same_bits
 from monoquant_core.testing.checks import assert_satisfies, assert_sound, half_step_excess
 from monoquant_core.testing.samples import NAME, SHAPES, VALUES, ShapeSample, fitting, generator, normal, take_rows
@@ -69,6 +70,23 @@ class QuantizerConformance:
             )
             for name, encoding in fitting(sample.shape):
                 assert isinstance(quantizer.accepts(spec, encoding), bool), f"{sample.name}: {name}"
+
+    def test_ranges_change_activations_only(self, quantizer: Quantizer) -> None:
+        """``with_ranges``, where there is one, leaves the weight's encoding and takes the range as it is."""
+        with_ranges = getattr(quantizer, "with_ranges", None)
+        if with_ranges is None:
+            pytest.skip("has no with_ranges")
+        low, high = torch.tensor(-1.25), torch.tensor(3.5)
+        stats = TensorStats(8, low, high, low=low, high=high)
+        for sample, spec, proposal in self._taken(quantizer):
+            ranged = with_ranges(spec, proposal, stats)
+            assert isinstance(ranged, Proposal), f"{sample.name}: {ranged!r}"
+            assert ranged.encoding == proposal.encoding, f"{sample.name}: another encoding of the weight"
+            assert ranged.needs <= proposal.needs, f"{sample.name}: needs more than before"
+            activation = ranged.activation
+            if activation is not None and not activation.dynamic:
+                found = activation.low, activation.high
+                assert found == (-1.25, 3.5), f"{sample.name}: the range has become {found}"
 
     def test_gives_what_it_promises(self, quantizer: Quantizer) -> None:
         """Exactly the proposed encoding and the input's shape, finite and in range, for all values and dtypes."""

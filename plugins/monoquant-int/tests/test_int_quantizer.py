@@ -14,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from monoquant_int.plugin import W8A8Options
+from monoquant_int.quantizer import w8a8
 
 from monoquant_core.encoding import FULL, INT4, INT8, UINT4, UINT8, ActivationQuant, Encoding, integer
 from monoquant_core.errors import OptionError, QuantizationError
@@ -479,3 +481,20 @@ def test_asymmetric_codes_of_all_widths_are_unsigned() -> None:
         assert int(made.codes.max()) == (1 << bits) - 1
         assert int(made.codes.min()) == 0
     assert made.encoding == Encoding(UINT8, (1, FULL), "float32", zero_point=UINT8)
+
+
+def test_codes_that_a_format_confines_to_fewer_bits_are_searched() -> None:
+    """As ONNX does with the weights of static layers: 7 bits of an int8."""
+    quantizer = w8a8(W8A8Options())
+    spec = TensorSpec("w", (32, 64), "float32", kind="linear")
+    encoding = quantizer.propose(spec).encoding
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+
+    def error(chosen, clip):
+        q = chosen.quantize(x, dataclasses.replace(encoding, clip=clip), Context(spec, range(32), Scratch()))
+        assert int(q.codes.max()) <= clip[1]
+        return float((q.dequantize() - x).square().sum())
+
+    nearest = w8a8(W8A8Options(rounding="nearest"))
+    assert error(quantizer, (-63, 63)) < error(nearest, (-63, 63))
+    assert error(quantizer, (-127, 127)) == error(nearest, (-127, 127))

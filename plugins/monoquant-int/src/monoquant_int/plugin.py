@@ -45,7 +45,8 @@ class W8A8Options:
     )
     rounding: str = option(
         "auto",
-        "search finds the scale of least squared error, nearest clips nothing; auto is nearest.",
+        "search finds the scale of least squared error, nearest clips nothing; auto is search where a format confines "
+        "codes to less than 8 bits, else nearest.",
         choices=("auto", "search", "nearest"),
     )
     narrow_range: bool = option(False, "Leave out the code -128, for hardware whose products would overflow.")

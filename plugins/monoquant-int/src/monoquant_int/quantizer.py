@@ -118,11 +118,13 @@ class IntQuantizer:
         """
         if self.clip is not None and encoding.clip is None:  # a format that asks for its own encoding knows of no clip
             encoding = dataclasses.replace(encoding, clip=self.clip)
-        return _kernel()(rows, encoding, context, search=self._searches(encoding.tensor_wide))
+        return _kernel()(rows, encoding, context, search=self._searches(encoding.tensor_wide, encoding.codes_range))
 
-    def _searches(self, tensor_wide: bool) -> bool:
+    def _searches(self, tensor_wide: bool, codes: tuple[int, int] | None = None) -> bool:
+        """Whether the scale is searched for; ``codes`` are those that are used, which a format may confine."""
         if self.options.rounding == "auto":
-            return self.bits < 8 and not tensor_wide
+            bits = self.bits if codes is None else (codes[1] - codes[0]).bit_length()
+            return bits < 8 and not tensor_wide
         return self.options.rounding == "search"
 
 

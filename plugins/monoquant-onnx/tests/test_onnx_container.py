@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -138,6 +140,25 @@ HOSTILE: dict[str, tuple[onnx.ModelProto | bytes, str]] = {
         "data twice",
     ),
     "few numbers": (model(TensorProto(name="w", data_type=6, dims=[32, 40], int32_data=[1])), "fewer numbers"),
+    "long numbers": (
+        model(TensorProto(name="w", data_type=6, dims=[32, 40], int32_data=[1 << 30] * 300)),
+        "tensor 'w': 300 numbers; .32, 40. has 1280",
+    ),
+    "many numbers": (
+        model(TensorProto(name="w", data_type=6, dims=[2], int32_data=[1] * 300)),
+        "300 numbers; .2. has 2",
+    ),
+    "many numbers in a constant": (
+        model(
+            nodes=[
+                helper.make_node(
+                    "Constant", [], ["w"], value=TensorProto(name="v", data_type=7, dims=[2], int64_data=[1] * 3)
+                ),
+                helper.make_node("MatMul", ["x", "w"], ["y"]),
+            ]
+        ),
+        "3 numbers; .2. has 2",
+    ),
     "few floats": (model(TensorProto(name="w", data_type=1, dims=[32, 40], float_data=[1.0])), "4 bytes of data"),
     "unknown type": (model(tensor(data_type=99)), "tensor 'w': data type 99"),
     "no type": (model(tensor(data_type=0)), "tensor 'w': data type 0"),
@@ -406,3 +427,33 @@ def test_more_than_2_gb(where: str, tmp_path: Path) -> None:
     assert isinstance(last, torch.Tensor)
     assert torch.equal(last, torch.arange(columns, dtype=torch.float32)[None])
     source.close()
+
+
+def test_looking_at_a_file_needs_no_torch(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], axis=1),
+        helper.make_node("MatMul", ["x", "w"], ["m"]),
+        helper.make_node("Add", ["m", "b"], ["y"]),
+    ]
+    codes = tensor((W % 100).astype(np.int8), "q")
+    scale, zeros = tensor(np.ones(40, np.float32), "s"), tensor(np.zeros(40, np.int8), "z")
+    onnx.save_model(model(codes, scale, zeros, tensor(W[0], "b"), nodes=nodes), str(tmp_path / "x.onnx"))
+    code = (
+        "import sys; from pathlib import Path; from monoquant_onnx.source import open_onnx; "
+        f"specs = open_onnx(Path({str(tmp_path / 'x.onnx')!r})).specs(); "
+        "assert [str(s.encoding) for s in specs] == ['int8[*x1]*float32', 'None'], specs; "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_command_refuses_in_one_line(folder: Path) -> None:
+    path = folder / "x.onnx"
+    path.write_bytes(model(external("../outside.bin")).SerializeToString())
+    run = subprocess.run(
+        [sys.executable, "-m", "monoquant_core.cli", "inspect", str(path)], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.startswith(f"error: {path}: tensor 'w': external data at '../outside.bin'")
+    assert "Traceback" not in run.stderr

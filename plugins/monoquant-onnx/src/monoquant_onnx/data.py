@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from monoquant_core import rows as r
 from monoquant_core.containers.entries import TensorEntry, tensor_at
@@ -104,6 +104,64 @@ class MemoryData:
         from monoquant_core.containers.in_memory import rows_of
 
         return rows_of(self.tensor, rows, scratch, "onnx.source")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InlineData:
+    """A small tensor in the structure of a file: no torch until it is read."""
+
+    tensor: Any  #: of onnx_ir
+    in_shape: tuple[int, ...] | None = None  #: another shape of the same elements
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self.tensor.shape.numpy()) if self.in_shape is None else self.in_shape
+
+    @property
+    def dtype(self) -> str:
+        """torch's name, or that of the element type."""
+        return types.name_of(int(self.tensor.dtype))
+
+    def read(self, rows: range, scratch: Scratch | None = None) -> torch.Tensor:
+        """The rows."""
+        import torch
+
+        from monoquant_core.containers.in_memory import rows_of
+        from monoquant_core.tensor import dtype_of
+
+        raw, shape = bytearray(self.tensor.tobytes()), self.shape
+        kind = int(self.tensor.dtype)
+        if kind in types.PACKED:
+            name, bits = types.PACKED[kind]
+            tensor = unpack_codes(raw, bits, 0, math.prod(shape), signed=name.startswith("int"))
+        else:
+            dtype = dtype_of(self.dtype)
+            tensor = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        return rows_of(tensor.view(shape), rows, scratch, "onnx.source")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BiasData:
+    """A vector of 32-bit codes as the floats that they stand for: no element type of the IR has as many bits."""
+
+    codes: Data
+    scale: Data  #: one, or one per element
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> str:
+        """The type of the scale."""
+        return self.scale.dtype
+
+    def read(self, rows: range, scratch: Scratch | None = None) -> torch.Tensor:
+        """The one row that a vector is."""
+        factor = whole(self.scale).reshape(-1)
+        return (whole(self.codes).double() * factor.double()).to(factor.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -227,8 +285,22 @@ def reshaped(data: Data, shape: tuple[int, ...]) -> Data:
     """The same elements, in the same order, in another shape."""
     if isinstance(data, FileData):
         return FileData(data.reader, dataclasses.replace(data.place, shape=shape))
+    if isinstance(data, InlineData):
+        return InlineData(data.tensor, shape)
     assert isinstance(data, MemoryData)
     return MemoryData(data.tensor.reshape(shape), data.element)
+
+
+def is_zero(data: Data) -> bool:
+    """Whether all elements of an integer tensor are 0."""
+    if isinstance(data, InlineData):
+        return not any(data.tensor.tobytes())
+    return all(piece.tobytes().count(0) == piece.nbytes for piece in raw_chunks(data))
+
+
+def number(data: Data) -> float:
+    """The one element of a tensor of one element."""
+    return float(data.tensor.numpy().reshape(())) if isinstance(data, InlineData) else float(whole(data).reshape(()))
 
 
 def readers_of(data: Iterable[Data]) -> set[FileReader]:
@@ -239,6 +311,8 @@ def readers_of(data: Iterable[Data]) -> set[FileReader]:
             found.add(one.reader)
         elif isinstance(one, ScaledData):
             found |= readers_of([one.base])
+        elif isinstance(one, BiasData):
+            found |= readers_of([one.codes, one.scale])
         elif isinstance(one, QuantizedData):
             found |= readers_of(d for d in (one.codes, one.scale, one.zero_point) if d is not None)
     return found

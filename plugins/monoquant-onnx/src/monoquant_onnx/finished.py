@@ -61,6 +61,7 @@ class GraphedSource:
         #: those that lie the other way round in the graph
         self._turned = {n for n, m in self.matches.items() if self._is_turned(floats[n], quantized[m])}
         self._specs = [self._spec(spec, quantized) for spec in graph.specs()]
+        self._by_name, self._sources = {spec.name: spec for spec in self._specs}, quantized
         notes = [*graph.info.notes, *finished.info.notes]
         if lost := sorted(set(quantized) - set(self.matches.values())):
             notes.append(
@@ -87,8 +88,7 @@ class GraphedSource:
         """
         if name not in self.matches:
             return self._graph.read(name, rows, scratch)
-        spec = next(spec for spec in self._specs if spec.name == name)
-        source = next(s for s in self._finished.specs() if s.name == self.matches[name])
+        spec, source = self._by_name[name], self._sources[self.matches[name]]
         tensor = self._chunk(spec, source, rows)
         if name in self._graph.graph.folded:
             factor, axis = self._graph.graph.folded[name]

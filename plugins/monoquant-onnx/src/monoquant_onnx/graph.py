@@ -16,7 +16,7 @@ from onnx_ir.passes import common as passes
 from monoquant_core.containers.entries import shown, tensor_at
 from monoquant_core.errors import SourceError
 from monoquant_onnx import types
-from monoquant_onnx.data import Data, FileData, MemoryData, unpack_codes, whole
+from monoquant_onnx.data import Data, FileData, InlineData, MemoryData, whole
 from monoquant_onnx.wire import MARK, Structure
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class OnnxGraph:
         if value.name in self.data:
             return self.data[value.name]
         tensor = value.const_value
-        return _inline(tensor) if tensor is not None else None
+        return _small(tensor) if tensor is not None else None
 
     def bind(self, name: str, data: Data) -> None:
         """Make data the values of the initializer of a name, which may be new."""
@@ -178,6 +178,7 @@ def check_graph(path: Path, graph: onnx.GraphProto, outer: set[str]) -> None:
             raise SourceError(f"{path}: an initializer without a name")
         if tensor.name in own:
             raise SourceError(f"{tensor_at(path, tensor.name)}: occurs twice")
+        _check_numbers(path, tensor)
         own.add(tensor.name)
     inputs = [value.name for value in graph.input]
     if len(set(inputs)) != len(inputs):
@@ -204,8 +205,23 @@ def _check_node(path: Path, node: onnx.NodeProto, known: set[str]) -> None:
             "the graph is cyclic or incomplete"
         )
     for attribute in node.attribute:
+        for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
+            _check_numbers(path, tensor)
         for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
             check_graph(path, inner, known)
+
+
+def _check_numbers(path: Path, tensor: onnx.TensorProto) -> None:
+    """Refuse a tensor that holds another number of numbers than its shape says, where they are not raw."""
+    if tensor.HasField("raw_data") or tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return
+    shape = tuple(tensor.dims)
+    count = types.stored_nbytes(tensor.data_type, shape) if tensor.data_type in types.PACKED else math.prod(shape)
+    if types.TORCH.get(tensor.data_type, "").startswith("complex"):
+        count *= 2
+    fields = (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data)
+    if (found := sum(map(len, fields))) != count:
+        raise SourceError(f"{tensor_at(path, tensor.name)}: {found} numbers; {list(shape)} has {count}")
 
 
 def _named(node: onnx.NodeProto) -> str:
@@ -260,23 +276,25 @@ def in_memory(initializers: Iterable[ir.Value]) -> dict[str, Data]:
     return found
 
 
+def _small(tensor: ir.TensorProtocol) -> Data | None:
+    """A tensor that is in the structure of a file, or in memory; None for strings."""
+    if type(tensor).__module__.startswith("torch"):
+        return _inline(tensor)
+    return InlineData(tensor) if int(tensor.dtype) in (*types.TORCH, *types.PACKED) else None
+
+
 def _inline(tensor: ir.TensorProtocol) -> Data | None:
     """A tensor that is in memory; None for strings. Integers of less than a byte become codes."""
     import torch
 
-    kind, shape = int(tensor.dtype), tuple(tensor.shape.numpy())
+    kind = int(tensor.dtype)
     raw = getattr(tensor, "raw", None)
     if isinstance(raw, torch.Tensor):
         return MemoryData(raw.detach())
     if kind not in types.TORCH and kind not in types.PACKED:
         return None
-    data = bytearray(tensor.tobytes())
-    if kind in types.PACKED:
-        name, bits = types.PACKED[kind]
-        codes = unpack_codes(data, bits, 0, math.prod(shape), signed=name.startswith("int")).view(shape)
-        return MemoryData(codes, name)
-    dtype = getattr(torch, types.TORCH[kind])
-    return MemoryData((torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(shape))
+    data = InlineData(tensor)
+    return MemoryData(whole(data), data.dtype if kind in types.PACKED else "")
 
 
 @contextlib.contextmanager
@@ -325,8 +343,12 @@ def _bound(model: ir.Model, structure: Structure, path: Path) -> OnnxGraph:
         for name, value in model.graph.initializers.items()
         if id(value.const_value) in placed
     }
-    rest = [value for name, value in model.graph.initializers.items() if name not in data]
-    graph = OnnxGraph(model, {**in_memory(rest), **data}, str(path))
+    for name, value in model.graph.initializers.items():
+        if name not in data and value.const_value is not None and int(value.const_value.dtype) in types.TORCH:
+            small = InlineData(value.const_value)
+            if not is_structure(small.shape, small.dtype, value.const_value.nbytes):
+                data[name] = small
+    graph = OnnxGraph(model, data, str(path))
     graph.notes = list(structure.notes)
     if also:
         graph.notes.append(f"{path}: {len(also)} weights were inputs with a default; they are constants here")

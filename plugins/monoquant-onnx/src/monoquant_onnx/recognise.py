@@ -17,7 +17,7 @@ import onnx_ir as ir
 from monoquant_core import encoding as e
 from monoquant_core.containers.entries import tensor_at
 from monoquant_core.errors import EncodingError
-from monoquant_onnx.data import Data, MemoryData, QuantizedData, reshaped, whole
+from monoquant_onnx.data import BiasData, Data, QuantizedData, is_zero, number, reshaped
 from monoquant_onnx.layers import attribute
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def recognise(graph: OnnxGraph) -> None:
 
 def encoded(
     codes: Data, scale: Data, zero_point: Data | None, axis: int, block_size: int
-) -> QuantizedData | MemoryData | None:
+) -> QuantizedData | BiasData | None:
     """What DequantizeLinear makes of constants; None when the IR has no such encoding. 32-bit biases become floats."""
     rank = len(codes.shape)
     if codes.dtype == "int32" and not block_size and zero_point is None:
@@ -83,13 +83,11 @@ def encoded(
     return QuantizedData(codes, where, zeros, found, shift)
 
 
-def _bias(codes: Data, scale: Data) -> MemoryData | None:
-    """A vector of 32-bit codes as floats: no element type of the IR has as many bits."""
+def _bias(codes: Data, scale: Data) -> BiasData | None:
     count = math.prod(scale.shape)
     if len(codes.shape) != 1 or count not in (1, codes.shape[0]) or scale.dtype not in e.FLOAT_BITS:
         return None
-    factor = whole(scale).reshape(-1)
-    return MemoryData((whole(codes).double() * factor.double()).to(factor.dtype))
+    return BiasData(codes, scale)
 
 
 def _block(scale: tuple[int, ...], rank: int, axis: int, block_size: int) -> tuple[int, ...]:
@@ -107,7 +105,7 @@ def _zero_points(element: e.ElementType, given: Data | None, grid: tuple[int, ..
     if not element.signed:
         return zeros, 0
     # onnxruntime's tools write zero points that are 0.
-    return (zeros, 1 << element.bits - 1) if bool(whole(zeros).any()) else (None, 0)
+    return (None, 0) if is_zero(zeros) else (zeros, 1 << element.bits - 1)
 
 
 def _weight(graph: OnnxGraph, node: ir.Node) -> bool:
@@ -282,17 +280,19 @@ def _activation(graph: OnnxGraph, node: ir.Node) -> bool:
     theirs = [graph.constant(v) for v in quantize.inputs[1:3]]
     if len(ours) != 2 or len(theirs) != 2 or any(d is None or math.prod(d.shape) != 1 for d in (*ours, *theirs)):
         return False
-    (scale, zero), other = ([whole(d).reshape(()) for d in pair if d is not None] for pair in (ours, theirs))
-    if zero.dtype != other[1].dtype or any(bool(a != b) for a, b in zip((scale, zero), other, strict=True)):
+    if [d.dtype for d in ours if d is not None] != [d.dtype for d in theirs if d is not None]:
+        return False
+    (scale, zero), other = ([number(d) for d in pair if d is not None] for pair in (ours, theirs))
+    if (scale, zero) != tuple(other):
         return False
     element = _ELEMENTS.get(ours[1].dtype if ours[1] is not None else "")
     source = quantize.inputs[0]
     if element is None or element.kind != "int" or source is None or source.name is None:
         return False
-    if not 0 < float(scale) < math.inf:
+    if not 0 < scale < math.inf:
         return False
     low, high = element.code_range
-    graph.ranges[source.name] = (float(scale) * (low - int(zero)), float(scale) * (high - int(zero)))
+    graph.ranges[source.name] = (scale * (low - zero), scale * (high - zero))
     name = node.outputs[0].name
     if node.outputs[0].is_graph_output():
         if source.is_graph_input() or source.is_graph_output():
@@ -321,7 +321,7 @@ def _activations_of_weights(graph: OnnxGraph) -> None:
 
 def _dequantized(
     graph: OnnxGraph, node: ir.Node, codes: Data, axis: int, turned: bool
-) -> QuantizedData | MemoryData | None:
+) -> QuantizedData | BiasData | None:
     """What a DequantizeLinear makes of codes; with ``turned`` of their transpose, and so are blocks' parameters."""
     params: list[Data | None] = []
     for given in [*node.inputs, None][1:3]:
@@ -335,14 +335,14 @@ def _dequantized(
     scale, zeros = params
     if scale is None:
         return None
-    if codes.dtype == "int32" and zeros is not None and not bool(whole(zeros).any()):
+    if codes.dtype == "int32" and zeros is not None and is_zero(zeros):
         zeros = None
     rank = max(1, len(codes.shape))
     axis = rank - 1 - axis % rank if turned else axis
     return encoded(codes, scale, zeros, axis, attribute(node, "block_size", 0))
 
 
-def _become(graph: OnnxGraph, codes: ir.Value | None, data: QuantizedData | MemoryData) -> ir.Value:
+def _become(graph: OnnxGraph, codes: ir.Value | None, data: QuantizedData | BiasData) -> ir.Value:
     """Make an initializer of the dequantized weight, under the name that the codes have without their suffix."""
     assert codes is not None
     old = codes.name or ""

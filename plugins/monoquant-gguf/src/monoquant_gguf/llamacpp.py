@@ -43,6 +43,7 @@ class LlamaCpp:
         params.verbosity = -1
         params.warmup = False
         params.n_ctx = params.n_batch = params.n_ubatch = context
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
         params.embedding = embedding
         params.embd_normalize = -1
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -81,8 +82,9 @@ class LlamaCpp:
 
     def _next(self, prompt: Sequence[int]) -> torch.Tensor:
         """Log probabilities of the token after the prompt."""
+        # Scores come with a token that is generated, and they are made before end-of-text is ruled out.
         request = {"prompt": list(prompt), "n_predict": 1, "n_probs": self.vocabulary, "temperature": 0}
-        answer = self._server.handle_completions({**request, "cache_prompt": True})
+        answer = self._server.handle_completions({**request, "cache_prompt": True, "ignore_eos": True})
         found = torch.full((self.vocabulary,), -math.inf)
         for entry in self._field(answer, "choices")[0]["logprobs"]["content"][0]["top_logprobs"]:
             found[entry["id"]] = entry["logprob"]

@@ -8,9 +8,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from monoquant_gguf.llamacpp import POSITIONS, LlamaCpp
+from monoquant_gguf.llamacpp import POSITIONS
+from monoquant_gguf.runtime import LlamaCppRuntime
 
 import monoquant_core as mq
+from monoquant_core.declarations import NoOptions
 from monoquant_core.errors import ExecutionError
 
 transformers = pytest.importorskip("transformers")
@@ -34,7 +36,7 @@ def test_scores_are_those_of_transformers(small_llama: Path, tmp_path: Path, lla
     model = transformers.LlamaForCausalLM.from_pretrained(small_llama).eval()
     with torch.no_grad():
         expected = torch.log_softmax(model(ids).logits, -1)[:, -POSITIONS:]
-    with LlamaCpp(path, embedding=False, vocabulary=model.config.vocab_size) as runner:
+    with LlamaCppRuntime(NoOptions()).open(path) as runner:
         (found,) = runner.run({"input_ids": ids}).values()
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
@@ -47,7 +49,7 @@ def test_padding_is_left_out(small_llama: Path, tmp_path: Path) -> None:
     ids = torch.arange(5, 25)[None]
     padded = {"input_ids": torch.nn.functional.pad(ids, (0, 4)), "attention_mask": torch.ones(1, 24).long()}
     padded["attention_mask"][:, 20:] = 0
-    with LlamaCpp(path, embedding=False, vocabulary=1500) as runner:
+    with LlamaCppRuntime(NoOptions()).open(path) as runner:
         (found,), (same,) = runner.run({"input_ids": ids}).values(), runner.run(padded).values()
     torch.testing.assert_close(found, same, atol=1e-4, rtol=0)
 
@@ -99,7 +101,7 @@ def test_embeddings_of_minilm(minilm: Path, tmp_path: Path) -> None:
 def test_refusals(small_llama: Path, tmp_path: Path) -> None:
     broken = tmp_path / "generic.gguf"
     mq.export(small_llama, broken, "gguf", format_options={"architecture": "generic", "tokenizer": "none"})
-    with pytest.raises(ExecutionError, match=r"generic\.gguf: has no token_embd\.weight"):
+    with pytest.raises(ExecutionError, match=r"generic\.gguf: has no vocabulary"):
         mq.verify(broken, small_llama)
     path = save(small_llama, tmp_path / "f32.gguf")
     with pytest.raises(ExecutionError, match="takes input_ids"):

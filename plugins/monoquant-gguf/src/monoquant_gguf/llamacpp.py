@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from monoquant_core.runtimes import LOG_PROBABILITIES
 
 POSITIONS = 8  #: the last so many positions of a sequence are evaluated, each by a request of its own
 EMBEDDING = "embedding"
+_WORD = re.compile("[A-Za-z]{2,}")
 
 
 class LlamaCpp:
@@ -23,6 +25,7 @@ class LlamaCpp:
     Attention runs without flash attention and with float32 keys and values: flash attention rounds to float16, which
     hides errors below 1e-3.
 
+    :param tokens: its vocabulary.
     :raises ExecutionError: without xllamacpp, or when llama.cpp does not load the file.
     """
 
@@ -30,14 +33,15 @@ class LlamaCpp:
     points: Sequence[str] = ()
     notes: Sequence[str] = ()
 
-    def __init__(self, path: Path, *, embedding: bool, vocabulary: int, context: int = 512) -> None:
+    def __init__(self, path: Path, *, embedding: bool, tokens: Sequence[str], context: int = 512) -> None:
         try:
             import xllamacpp
         except ImportError as exc:
             raise ExecutionError(
                 "llama.cpp: its Python binding is not installed", hint="pip install xllamacpp"
             ) from exc
-        self.path, self.embedding, self.vocabulary = path, embedding, vocabulary
+        self.path, self.embedding, self.vocabulary = path, embedding, len(tokens)
+        self.word = next((i for i, token in enumerate(tokens) if _WORD.fullmatch(token)), 0)
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.verbosity = -1
@@ -52,6 +56,8 @@ class LlamaCpp:
             self._server = xllamacpp.Server(params)
         except RuntimeError as exc:
             raise ExecutionError(f"{path}: llama.cpp does not load it: {exc}") from exc
+        # A server that is let go of before its thread has begun never ends: wait for a first answer.
+        self.run({"input_ids": torch.tensor([[self.word]])})
 
     def __enter__(self) -> LlamaCpp:
         return self
@@ -82,9 +88,10 @@ class LlamaCpp:
 
     def _next(self, prompt: Sequence[int]) -> torch.Tensor:
         """Log probabilities of the token after the prompt."""
-        # Scores come with a token that is generated, and they are made before end-of-text is ruled out.
+        # Scores come with the text that is generated, and there is none after end-of-text or half a character. So a
+        # plain word is forced, which does not change the scores: they are those from before any bias.
         request = {"prompt": list(prompt), "n_predict": 1, "n_probs": self.vocabulary, "temperature": 0}
-        answer = self._server.handle_completions({**request, "cache_prompt": True, "ignore_eos": True})
+        answer = self._server.handle_completions({**request, "cache_prompt": True, "logit_bias": [[self.word, 1e4]]})
         found = torch.full((self.vocabulary,), -math.inf)
         for entry in self._field(answer, "choices")[0]["logprobs"]["content"][0]["top_logprobs"]:
             found[entry["id"]] = entry["logprob"]

@@ -39,16 +39,18 @@ class LlamaCppRuntime:
         """
         source = GgufSource(path)
         try:
-            metadata = source.header.metadata
+            metadata, tokens = source.header.metadata, source.array("tokenizer.ggml.tokens")
         finally:
             source.close()
         architecture = metadata.get("general.architecture")
         pooling = metadata.get(f"{architecture}.pooling_type")
         self._pooling = pooling if isinstance(pooling, int) else None
-        vocabulary = source.header.tensors.get("token_embd.weight")
-        if vocabulary is None:
-            raise ExecutionError(f"{path}: has no token_embd.weight: nothing that llama.cpp runs")
-        return LlamaCpp(path, embedding=self._pooling is not None, vocabulary=vocabulary.shape[0])
+        if not tokens:
+            raise ExecutionError(
+                f"{path}: has no vocabulary, without which llama.cpp does not run it",
+                hint="write it with the tokenizer (--tokenizer auto)",
+            )
+        return LlamaCpp(path, embedding=self._pooling is not None, tokens=tokens)
 
     def reference(self, original: Source, finished: Source | None) -> Runner:
         """The original in torch, giving what llama.cpp gives."""

@@ -102,7 +102,9 @@ def _split_q4_0(raw: torch.Tensor) -> Parts:
 
 
 def _join_q4_0(parts: Parts) -> torch.Tensor:
-    return torch.cat([_half_bytes(parts.d), _join_nibbles(_unsigned(parts.codes, 8))], 1)
+    # In halves, because rows of a few bytes take their time by the element.
+    fields = _half_bytes(parts.d), _join_nibbles(_unsigned(parts.codes, 8))
+    return torch.cat([field.view(torch.int16) for field in fields], 1).view(torch.uint8)
 
 
 def _split_q4_1(raw: torch.Tensor) -> Parts:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from monoquant_core.errors import ExecutionError, PlanError, PluginError, SourceError
+from monoquant_core.errors import CalibrationError, ExecutionError, PlanError, PluginError, SourceError
 from monoquant_core.planner import make_plan, source_for
 from monoquant_core.planning import OnUnsupported, Plan
 from monoquant_core.plugins import Registry, load_registry
@@ -543,6 +543,10 @@ class QuantizedModel:
             info = self.source.info
             target = Recipient(info.name, graph.inputs, info.side_files, info.config)
             data = open_data(os.fspath(data), target, DataOptions(**taken))
+        elif hasattr(data, "shape") or isinstance(data, Mapping):
+            raise CalibrationError(
+                f"data is a list of batches, and this is one {type(data).__name__}", hint="give x.split(32), or [batch]"
+            )
         if self._example is None and iter(data) is not data:
             self._example = next(iter(data), None)  # for formats that trace the model
         needs_graph = bool(format) and self._registry.exporter(format).needs == "graph"

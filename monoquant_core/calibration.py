@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from monoquant_core import options as opts
@@ -66,7 +67,8 @@ class Collector:
         :raises CalibrationError: when a batch does not fit, the model fails, or nothing is given.
         """
         self.expected = tuple(runner.points)
-        for batch in batches:
+        for given in batches:
+            batch = as_batch(given)
             self._count(batch)
             self._answers.observe(runner.run(batch, self.observe))
             if progress is not None:
@@ -250,6 +252,18 @@ def bind(declared: CalibratorDeclaration, values: Mapping[str, Any]) -> tuple[Ca
     return make, " ".join([declared.name, *changed])
 
 
+def as_batch(batch: Any) -> Batch:
+    """A batch with torch's tensors in the places of numpy's arrays."""
+    if isinstance(batch, np.ndarray):
+        return torch.from_numpy(batch)
+    if isinstance(batch, Mapping):
+        return {name: as_batch(value) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(as_batch(value) for value in batch)
+    made: Batch = batch
+    return made
+
+
 def data_key(batches: Iterable[Batch]) -> str:
     """What tells samples: the same key as that of statistics made of them. Reads them all.
 
@@ -257,7 +271,7 @@ def data_key(batches: Iterable[Batch]) -> str:
     """
     digest, any_samples = hashlib.sha256(), False
     for batch in batches:
-        for sample in hash_samples(batch):
+        for sample in hash_samples(as_batch(batch)):
             digest.update(sample)
             any_samples = True
     if not any_samples:

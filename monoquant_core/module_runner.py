@@ -104,7 +104,7 @@ class _Runner:
         except CalibrationError:
             raise
         except Exception as exc:  # a model may fail in any way
-            reason = " ".join(str(exc).split())[:300]
+            reason = " ".join(str(exc).partition("While executing")[0].split())[:300]
             given = ", ".join([*map(_shown, args), *(f"{k}={_shown(v)}" for k, v in kwargs.items())])
             raise CalibrationError(
                 f"{self.name}: it fails on a batch of {given}: {type(exc).__name__}: {reason}",
@@ -131,7 +131,7 @@ class _Runner:
         if len(values) > len(named) and named:
             raise CalibrationError(
                 f"{self.name}: a batch of {len(values)} inputs, and it takes {len(named)}",
-                hint=f"its inputs: {describe_inputs(self.inputs)}",
+                hint=f"its inputs: {describe_inputs(self.inputs)}; leave out labels: [x for x, label in loader]",
             )
         names = [*named, *(str(i) for i in range(len(named), len(values)))]
         return tuple(self._fit(name, value) for name, value in zip(names, values, strict=False)), {}
@@ -167,15 +167,17 @@ class ModuleRunner(_Runner):
         super().__init__(graph.module, graph.inputs, graph.name, device)
         self._weights = _Weights(graph.module)
         modules = dict(graph.module.named_modules())
-        own = {path: module for path, module in modules.items() if _own_weights(module)}
+        own = {path: module for path, module in modules.items() if _own_weights(module) and not _looks_up(module)}
         if points is None:
             self._wanted = {f"{path}{end}" for path in own for end in (INPUT, OUTPUT)} | set(self._weights.points)
-            self.points = [path + INPUT for path, module in own.items() if _is_called(module)]
+            self.points = [p + INPUT for p, m in own.items() if isinstance(getattr(m, "weight", None), torch.Tensor)]
         else:
             possible = {f"{path}{end}" for path in modules for end in (INPUT, OUTPUT)} | set(self._weights.points)
             self._wanted, self.points = _chosen(points, possible, self.name), sorted(points)
         paths = {p.rpartition(":")[0] for p in self._wanted}
-        self._hooked = {path: module for path, module in modules.items() if path in paths}
+        # Modules of TorchScript take no hooks; what their weights are multiplied with is seen all the same.
+        script = torch.jit.ScriptModule
+        self._hooked = {p: m for p, m in modules.items() if p in paths and not isinstance(m, script)}
         self._seen: set[str] = set()
 
     def __enter__(self) -> ModuleRunner:
@@ -233,6 +235,7 @@ class ProgramRunner(_Runner):
         if points is None:
             self._wanted = {p for p in possible if p.removesuffix(OUTPUT) in weights} | set(self._weights.points)
             embeddings = _looked_up(module)
+            self._wanted -= {p[: -len(INPUT)] + OUTPUT for p in embeddings}
             self.points = [p for p in self._weights.points if p not in embeddings and p[: -len(INPUT)] in ends]
         else:
             self._wanted, self.points = _chosen(points, possible, self.name), sorted(points)
@@ -422,9 +425,9 @@ def _own_weights(module: torch.nn.Module) -> bool:
     return any(p.ndim >= 2 and p.is_floating_point() for p in module.parameters(recurse=False))
 
 
-def _is_called(module: torch.nn.Module) -> bool:
-    """Whether a batch that reaches the module gives its input: not where it looks rows up."""
-    return "Embedding" not in type(module).__name__ and isinstance(getattr(module, "weight", None), torch.Tensor)
+def _looks_up(module: torch.nn.Module) -> bool:
+    """Whether its inputs are indices, so that nothing is multiplied with its weight."""
+    return "Embedding" in type(module).__name__
 
 
 def _restore_modes(training: Sequence[tuple[torch.nn.Module, bool]]) -> None:

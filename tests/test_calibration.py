@@ -200,6 +200,20 @@ def test_what_calibration_refuses() -> None:
         mq.calibrate(module, batches(images()), points=["fk:input"])
 
 
+def test_batches_as_people_have_them() -> None:
+    module, x = net(), images()
+    expected = mq.calibrate(module, batches(x))
+    assert same(mq.calibrate(module, [part.numpy() for part in batches(x)]), expected)
+    for one in (x, x.numpy(), {"x": x}):
+        with pytest.raises(CalibrationError, match="data is a list of batches, and this is one") as caught:
+            mq.calibrate(module, one)
+        assert "[batch]" in caught.value.hint
+    labelled = [(part, torch.zeros(len(part))) for part in batches(x)]
+    with pytest.raises(CalibrationError, match="a batch of 2 inputs, and it takes 1") as caught:
+        mq.calibrate(module, labelled)
+    assert "leave out labels" in caught.value.hint
+
+
 def test_data_of_a_file_is_named_in_errors(tmp_path: Path) -> None:
     np.savez(tmp_path / "bytes.npz", x=np.zeros((4, 3, 6, 6), np.uint8))
     program = torch.export.export(net(), (images(4),))

@@ -137,6 +137,14 @@ def test_weights_that_are_transposed_or_lie_in_one_storage() -> None:
     torch.testing.assert_close(seen["b:input"], (x @ module.a.T).detach())
 
 
+def test_torchscript_takes_no_hooks_and_is_watched_all_the_same() -> None:
+    torch.manual_seed(0)
+    module, x = Cnn().eval(), torch.randn(2, 3, 5, 5)
+    seen, expected = watch(ModuleGraph(torch.jit.trace(module, x)), x), watch(ModuleGraph(module), x)
+    assert set(seen.values) == {"conv:input", "fc:input"}
+    torch.testing.assert_close(seen["fc:input"], expected["fc:input"])
+
+
 def test_chosen_points() -> None:
     module, x = Cnn(), torch.randn(2, 3, 5, 5)
     seen = watch(ModuleGraph(module), x, points=["bn:output", "fc:input"])

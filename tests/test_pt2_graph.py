@@ -206,5 +206,16 @@ def test_refuses_pickled_weights(tmp_path: Path) -> None:
 def test_says_what_torch_does_not_load(tmp_path: Path) -> None:
     save(tmp_path / "net.pt2")
     path = rewrite(tmp_path / "net.pt2", set_target("torch.ops.aten.no_such_operator.default"))
-    with pytest.raises(SourceError, match="torch cannot load its graph"):
+    with pytest.raises(SourceError, match="torch cannot load its graph") as caught:
         Pt2Graph(path).load()
+    assert "no_such_operator" in str(caught.value)
+
+
+def test_outputs_of_another_librarys_class_are_dictionaries(tmp_path: Path) -> None:
+    """Without importing the library: a file must not decide what is imported."""
+    save(tmp_path / "net.pt2")
+    spec = {"type": "transformers.modeling_outputs.Output", "context": json.dumps(["y"])}
+    leaf = {"type": None, "context": None, "children_spec": []}
+    path = rewrite(tmp_path / "net.pt2", tree(spec | {"children_spec": [leaf]}))
+    program = Pt2Graph(path).load()
+    assert list(program.module()(torch.randn(2, 1, 8, 8))) == ["y"]

@@ -77,19 +77,31 @@ class Pt2Graph:
         with FileReader(self.path) as reader, tempfile.TemporaryFile() as copy:
             write_safe_copy(reader, copy)
             copy.seek(0)
+            said = _Said()
             logger = logging.getLogger("torch.export")
-            level = logger.level
-            logger.setLevel(logging.CRITICAL)  # it logs a traceback before it raises
+            logger.addFilter(said)  # it logs a traceback before it raises
             try:
                 return torch.export.load(copy)
             except Exception as exc:  # torch's reader fails in many ways
-                cause = exc.__context__ or exc
-                lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-                reason = shown(lines[-1] if lines else type(cause).__name__)
+                lines = [line.strip() for line in (said.text or str(exc)).splitlines() if line.strip()]
+                reason = shown(lines[-1][:190] if lines else type(exc).__name__)
                 hint = f"it was exported by another version of torch than {torch.__version__}, perhaps"
                 raise SourceError(f"{self.path}: torch cannot load its graph: {reason}", hint=hint) from exc
             finally:
-                logger.setLevel(level)
+                logger.removeFilter(said)
+
+
+class _Said(logging.Filter):
+    """Keeps what is logged, in place of the log."""
+
+    text = ""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if record.exc_info and record.exc_info[1] is not None:
+            text = str(record.exc_info[1])
+        self.text = text
+        return False
 
 
 def write_safe_copy(reader: FileReader, out: IO[bytes]) -> None:
@@ -165,6 +177,8 @@ def _check(value: Any, key: str, where: str) -> None:
             if not _is_key(name, key):
                 raise SourceError(f"{where}: {shown(name)} is not a name")
             _check(item, name, where)
+            if name == "out_spec" and isinstance(item, str) and item:
+                value[name] = json.dumps(_plain_tree(json.loads(item)))
     elif isinstance(value, str) and (problem := _problem(value, key)):
         raise SourceError(
             f"{where}: {key}: {shown(value)} is {problem}", hint="export the model again; nothing of it was run"
@@ -247,6 +261,24 @@ def _tree_problem(value: Any, depth: int) -> str:
             return _text_problem(value)
         return _tree_problem(inner, depth + 1) if isinstance(inner, dict | list) else _text_problem(value)
     return ""
+
+
+def _plain_tree(tree: Any) -> Any:
+    """A tree of outputs whose classes of other libraries are dictionaries with the same keys.
+
+    Else torch would need the library that the model came from, and had to be told of its classes by importing it.
+    """
+    if isinstance(tree, list):
+        return [_plain_tree(item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    tree = {key: _plain_tree(value) for key, value in tree.items()}
+    kind, context = tree.get("type"), tree.get("context")
+    if isinstance(kind, str) and kind.startswith("transformers.") and isinstance(context, str):
+        keys, children = json.loads(context), tree.get("children_spec")
+        if isinstance(keys, list) and isinstance(children, list) and len(keys) == len(children):
+            tree["type"] = "builtins.dict"
+    return tree
 
 
 def _text_problem(text: str) -> str:

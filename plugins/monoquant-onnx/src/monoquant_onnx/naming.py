@@ -69,7 +69,7 @@ def name_tensors(graph: OnnxGraph, program: torch.export.ExportedProgram, source
         graph.names[name] = _renamed(graph, initializer, name)
         taken[original] = graph.names[name], relation
     _rename_biases(graph, found)
-    named.notes = _notes(graph, found, first, taken, spell)
+    named.notes = _notes(graph, found, first, taken, state, source, spell)
     return named
 
 
@@ -207,9 +207,12 @@ def _notes(
     found: Mapping[str, tuple[str, Relation]],
     first: Mapping[str, str],
     taken: Mapping[str, object],
+    state: Mapping[str, torch.Tensor],
+    source: Source,
     spell: _Spelling,
 ) -> list[str]:
     notes = []
+    classes = {spec.name: spec.module for spec in source.specs()}
     if scaled := [n for n, (_, relation) in found.items() if relation == "scaled"]:
         notes.append(f"{graph.name}: {len(scaled)} BatchNorm folded into the weights before them by the exporter")
     mapped = set(graph.names.values())
@@ -224,10 +227,13 @@ def _notes(
     if others := [n for n in left if n not in recurrent]:
         notes.append(f"{graph.name}: tensors of the graph that are none of the model: {_some(others)}")
     gone = [n for n, f in first.items() if f not in taken and n not in graph.data and n == f]
-    if gone := [n for n in gone if not any(n in _sources(graph, r) for r in recurrent)]:
-        notes.append(
-            f"{graph.name}: folded into others or not used, so not in the graph: {_some(list(map(spell, gone)))}"
-        )
+    gone = [n for n in gone if not any(n in _sources(graph, r) for r in recurrent)]
+    if scaled:  # what their parameters became has been said
+        gone = [n for n in gone if "BatchNorm" not in classes.get(spell(n), "")]
+    if zeros := [n for n in gone if not state[n].any()]:
+        notes.append(f"{graph.name}: zeros, which the exporter left out of the graph: {_some(list(map(spell, zeros)))}")
+    if rest := [spell(n) for n in gone if n not in zeros]:
+        notes.append(f"{graph.name}: folded into others or not used, so not in the graph: {_some(rest)}")
     return notes
 
 

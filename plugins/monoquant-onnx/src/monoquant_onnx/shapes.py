@@ -68,6 +68,21 @@ def check_extents(graph: OnnxGraph, reference: Reference) -> list[str]:
             f"{graph.name}: {named} is fixed at {size}: the module takes other extents there, and the exporter made a "
             "constant of it; inputs of other sizes are refused"
         )
+    return notes + _sizes_of_images(graph, reference)
+
+
+def _sizes_of_images(graph: OnnxGraph, reference: Reference) -> list[str]:
+    """Sizes that are those of the example, where the module would take others."""
+    notes = []
+    for i, (value, tensor) in enumerate(zip(graph.model.graph.inputs, reference.inputs, strict=True)):
+        if tensor.ndim < 4:
+            continue
+        larger = list(reference.inputs)
+        for axis in range(2, tensor.ndim):
+            larger = with_extent(larger, [(i, axis)], 2 * tensor.shape[axis])
+        if _runs(reference, larger):
+            size = "x".join(str(n) for n in tensor.shape[2:])
+            notes.append(f"{graph.name}: {value.name!r} is fixed at {size}, the size of the example")
     return notes
 
 

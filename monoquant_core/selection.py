@@ -54,8 +54,10 @@ class Chooser:
             if recipe.base:
                 raise RecipeError(f"{self.scheme!r} is itself a recipe; leave out base = {recipe.base!r}")
             self.base, base_options, self.scheme, self.options = self.scheme, self.options, "", {}
+            self.asked = Recipe(registry.recipe(self.base).name, base_options)
         else:
             base_options = {}
+            self.asked = Recipe(self.scheme, self.options, self.base)
         self.base_rules = self._base_rules(self.base or format_base or DEFAULT, base_options, info, specs)
         self.refused: list[tuple[TensorSpec, str, Refusal]] = []
         self._bound: dict[str, tuple[str, Quantizer]] = {}
@@ -154,15 +156,9 @@ class Chooser:
 
     def as_recipe(self) -> dict[str, Any]:
         """The TOML that repeats this choice."""
-        recipe = Recipe(
-            self._spelled(self.scheme),
-            self.options,
-            self.base,
-            tuple(
-                dataclasses.replace(r, scheme=self._spelled(r.scheme), options=self._typed(r)) for r in self.own_rules
-            ),
-        )
-        return recipe.to_dict()
+        rules = [dataclasses.replace(r, scheme=self._spelled(r.scheme), options=self._typed(r)) for r in self.own_rules]
+        scheme = self._spelled(self.scheme) or self.asked.scheme
+        return dataclasses.replace(self.asked, scheme=scheme, rules=tuple(rules)).to_dict()
 
     def _declaration(self, name: str, owner: str) -> SchemeDeclaration:
         known = name.lower()

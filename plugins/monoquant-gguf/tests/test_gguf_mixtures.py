@@ -11,6 +11,7 @@ from monoquant_gguf.mixtures import Mixture
 from monoquant_gguf.plugin import MIXTURES, MixtureOptions
 
 import monoquant_core as mq
+from monoquant_core.api import save_recipe
 from monoquant_core.errors import PlanError
 from monoquant_core.kinds import annotate
 from monoquant_core.model import ModelInfo, TensorSpec
@@ -179,3 +180,15 @@ def test_fallbacks_of_minilm_are_refused(minilm: Path) -> None:
     with pytest.raises(PlanError, match=r"falls back to Q5_0, 5.5 bits per weight instead of 4.5") as caught:
         mq.plan(minilm, scheme="Q4_K_M", format="")
     assert "--allow-fallback" in caught.value.hint
+
+
+def test_a_saved_recipe_repeats_a_mixture_with_its_options(small_llama: Path, tmp_path: Path) -> None:
+    with mq.quantize(small_llama, scheme="q4_k_m", options={"rounding": "llama.cpp"}) as model:
+        first = model.plan("gguf")
+    assert first.recipe == {"scheme": "Q4_K_M", "options": {"rounding": "llama.cpp"}}
+    saved = tmp_path / "recipe.toml"
+    save_recipe(first, saved)
+    with mq.quantize(small_llama, recipe=saved) as model:
+        again = model.plan("gguf")
+    assert [(d.scheme, d.reason) for d in again.decisions] == [(d.scheme, d.reason) for d in first.decisions]
+    assert any("rounding=llama.cpp" in d.scheme for d in again.decisions)

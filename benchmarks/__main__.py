@@ -64,9 +64,19 @@ def _gguf(temp: Path, args: argparse.Namespace) -> list[Section]:
     return [gguf.measure_types(rows=rows, rounds=rounds), gguf.measure_pipeline(temp, size=size, rounds=runs)]
 
 
+def _onnx(temp: Path, args: argparse.Namespace) -> list[Section]:
+    from benchmarks import onnx_files
+
+    large = onnx_files.measure_large(temp, gigabytes=QUICK_SIZES[0] if args.quick else onnx_files.LARGE_GB)
+    if args.quick:
+        return [onnx_files.measure_cnn(temp, rounds=1, images=250, rules=["minmax"]), large]
+    return [onnx_files.measure_cnn(temp, rounds=60), onnx_files.measure_encoder(temp, rounds=25), large]
+
+
 AREAS: dict[str, Callable[[Path, argparse.Namespace], list[Section]]] = {
     "kernels": _kernels,
     "gguf": _gguf,
+    "onnx": _onnx,
     "pipeline": _pipeline,
     "startup": _startup,
 }

@@ -14,6 +14,7 @@ from benchmarks.results import Gate, Section, Table, number
 from benchmarks.synthetic import Geometry, geometry, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
+ONNX = ("ONNX: a convolutional net", "ONNX: more than 2 GB")
 GGUF = ("Types of GGUF", "From a checkpoint to Q4_K_M")
 
 
@@ -23,7 +24,7 @@ def test_quick_run_writes_every_table(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = page.read_text(encoding="utf-8")
-    for title in ("Gates", "Kernels", "Error of the 4-bit search", "Pipeline", "Start-up", *GGUF):
+    for title in ("Gates", "Kernels", "Error of the 4-bit search", "Pipeline", "Start-up", *GGUF, *ONNX):
         assert f"\n## {title}\n" in text
     for what in (
         "int8 per channel, f32: speed / memcpy",
@@ -36,6 +37,8 @@ def test_quick_run_writes_every_table(tmp_path: Path) -> None:
         "all types: bytes that differ from C's",
         "Q4_K_M of a folder: CPU, start-up included / ggml's C alone",
         "Q4_K_M of a folder: peak above start-up",
+        "ResNet-20 static: speed / quantize_static",
+        "ONNX above 2 GB: peak above start-up",
     ):
         assert any(what in line and line.startswith("| ") for line in text.splitlines()), what
     assert "A quick run" in text

@@ -70,7 +70,7 @@ def _onnx(temp: Path, args: argparse.Namespace) -> list[Section]:
     large = onnx_files.measure_large(temp, gigabytes=QUICK_SIZES[0] if args.quick else onnx_files.LARGE_GB)
     if args.quick:
         return [onnx_files.measure_cnn(temp, rounds=1, images=250, rules=["minmax"]), large]
-    return [onnx_files.measure_cnn(temp, rounds=60), onnx_files.measure_encoder(temp, rounds=25), large]
+    return [onnx_files.measure_cnn(temp, rounds=60), onnx_files.measure_encoder(temp, rounds=40), large]
 
 
 AREAS: dict[str, Callable[[Path, argparse.Namespace], list[Section]]] = {

@@ -188,7 +188,7 @@ MatMulNBitsQuantizer.""",
     ]
     gates = [
         _speed_gate(f"MiniLM {whats[0]}", DYNAMIC_GATE, times[128]["float32"], times[128]["w8a8"]),
-        _speed_gate(f"MiniLM {whats[1]}", NOISE, times[128]["quantize_dynamic, MatMul"], times[128]["w8a8"]),
+        _speed_gate(f"MiniLM {whats[1]}", NOISE, times[128]["quantize_dynamic"], times[128]["w8a8"]),
         Gate(f"MiniLM {whats[2]}", COSINE_GATE, "at least", "", cosines["w8a8"]),
         Gate(f"MiniLM {whats[3]}", SIZE_GATE, "at most", " MB", sizes["w8a8"]),
         Gate(f"MiniLM {whats[4]}", STATIC_COSINE_GATE, "at least", "", cosines["w8a8, calibrated"]),

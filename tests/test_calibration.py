@@ -98,6 +98,26 @@ def test_a_program_in_a_file_gives_the_same(tmp_path: Path) -> None:
         assert same(found, expected)
 
 
+def test_an_onnx_file_tells_the_same_of_its_modules(tmp_path: Path) -> None:
+    """onnxruntime computes otherwise than torch, by rounding only."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    module, x = net(), images(32)
+    shapes = ({0: torch.export.Dim("n")},)
+    exported = torch.onnx.export(module, (x[:2],), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    assert exported is not None
+    exported.save(tmp_path / "net.onnx")
+    expected = mq.calibrate(module, batches(x), calibrator="minmax")
+    found = mq.calibrate(tmp_path / "net.onnx", batches(x), calibrator="minmax")
+    assert found.data == expected.data
+    for point in ("conv:input", "fc:input"):
+        assert found[point].count == expected[point].count
+        for label in ("minimum", "maximum", "importance", "low", "high"):
+            torch.testing.assert_close(
+                getattr(found[point], label), getattr(expected[point], label), rtol=1e-4, atol=1e-5
+            )
+
+
 def same(a: Statistics, b: Statistics) -> bool:
     return a.to_bytes() == b.to_bytes()
 
@@ -433,7 +453,7 @@ def test_calibration_lowers_the_error_that_matters(scheme: str, shared: Path) ->
     set_ = [f"re:layers\\.[05]\\.(self_attn\\.[qkvo]_proj|mlp\\.(gate|up|down)_proj)\\.weight={scheme}"]
     with mq.quantize(llama, set=set_) as plain, mq.quantize(llama, set=set_, stats=stats) as calibrated:
         before, after = weighted_error(plain, stats), weighted_error(calibrated, stats)
-    assert after < 0.98 * before
+    assert after < 0.99 * before
 
 
 _LLAMA: dict[str, Statistics] = {}

@@ -75,13 +75,13 @@ def judge(
         "clipped": (
             clipped,
             "{:.1%}",
-            "values are clipped at {points}: choose a wider range, such as --calibrator minmax",
+            "values are clipped at {points}: if accuracy suffers, choose a wider range, such as --calibrator minmax",
         ),
         "outlier": (
             outlier,
             "{:.0f}x the 99.9th percentile",
-            "a few outliers make the range at {points}: steps are coarse for all other values; use --calibrator "
-            "mse, or look for broken samples",
+            "a few outliers make the range at {points}: steps are coarse for all other values; look for broken "
+            "samples, and if there are none, take dynamic activations there or --keep the weights",
         ),
         "constant": (
             constant,

@@ -31,7 +31,7 @@ class TensorStats:
     importance: torch.Tensor | None = None  #: float32 [columns]: mean squared input of every column
     low: torch.Tensor | None = None  #: float32, [] or [columns]: where the calibrated range starts, at most 0
     high: torch.Tensor | None = None  #: float32, the shape of ``low``: where it ends, at least 0 and above ``low``
-    clipped: float | None = None  #: share of the values outside of the range
+    clipped: float | None = None  #: share of the values outside of the range by more than half a step of 8 bits
     outlier: float | None = None  #: largest magnitude over the 99.9th percentile of all that are not zero
     moved: float | None = None  #: how far the range of the later batches is from that of the earlier ones, in widths
 

@@ -38,7 +38,7 @@ CASES: dict[str, tuple[list[Finding], str, str]] = {
     "alike": (found(variety=0.07), "7% of its answers differ", "give real data"),
     "unreached": (found(unreached=["head:input", "aux:input"]), "no batch reached head:input, aux:input", "keep them"),
     "clipped": (found(changed(clipped=0.021)), "clipped at conv:input (2.1%)", "wider range"),
-    "outlier": (found(changed(outlier=40.0)), "at conv:input (40x the 99.9th percentile)", "--calibrator mse"),
+    "outlier": (found(changed(outlier=40.0)), "at conv:input (40x the 99.9th percentile)", "look for broken samples"),
     "constant": (
         found(changed(minimum=torch.tensor([0.0, 0.0, 0.0, -1.0]), maximum=torch.tensor([0.0, 0.0, 2.0, 3.0]))),
         "",

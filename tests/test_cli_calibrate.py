@@ -143,6 +143,31 @@ def test_quantize_with_data(do: Callable[..., Done], work: Path) -> None:
     assert (work / "mine.safetensors").exists()
 
 
+def test_data_makes_the_graph_and_its_ranges(do: Callable[..., Done], work: Path) -> None:
+    """From code to a static model in onnxruntime, in one command: the first batch traces, all of them calibrate."""
+    ort = pytest.importorskip("onnxruntime")
+    made = do(
+        *("quantize", "userscode:net", "--data", "userscode:batches", "--scheme", "w8a8", "--set", "*.weight=w8a8"),
+        *("-o", "net.onnx"),
+    )
+    assert made.returncode == 0, made.stderr
+    assert "needs calibration" not in made.stderr
+    from userscode import batches, net  # type: ignore[import-not-found]
+
+    session = ort.InferenceSession(work / "net.onnx")
+    x = next(iter(batches()))
+    with torch.no_grad():
+        expected = net().eval()(x)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    error = (torch.from_numpy(found) - expected).norm() / expected.norm()
+    assert 0 < error < 0.05
+    import onnx
+
+    operators = {node.op_type for node in onnx.load(work / "net.onnx").graph.node}
+    assert "QuantizeLinear" in operators
+    assert "DynamicQuantizeLinear" not in operators
+
+
 def test_weights_for_a_factory(alone: Callable[..., Done], work: Path) -> None:
     torch.manual_seed(3)
     other = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(128, 5))

@@ -135,6 +135,27 @@ def test_rows_of_embeddings_are_dequantized_when_they_are_looked_up(text: Path, 
     assert_reads_back(text, path, "", recipe=recipe)
 
 
+def test_a_table_that_is_looked_up_and_multiplied_with(tmp_path: Path) -> None:
+    """As where an output layer is tied to the embeddings: rows are looked up, the product takes all of it."""
+    node = helper.make_node
+    nodes = [
+        node("Gather", ["e", "ids"], ["x"]),
+        node("Transpose", ["e"], ["turned"], perm=[1, 0]),
+        node("MatMul", ["x", "turned"], ["y"]),
+    ]
+    ids = {"ids": (TensorProto.INT64, ["batch", "tokens"])}
+    source = save_model(tmp_path / "m.onnx", nodes, {"e": normal(600, 64, seed=1)}, ids, ["y"])
+    for granularity, options in (("channel", {}), ("group", {"group_size": 32}), ("tensor", {})):
+        path = tmp_path / f"{granularity}.onnx"
+        rule = {"match": "e", "scheme": "int8", "options": {"granularity": granularity, **options}}
+        recipe = {"base": "none", "rules": [rule]}
+        save(source, path, "", recipe=recipe)
+        onnx.checker.check_model(path, full_check=True)
+        assert check_quantizing_nodes(path, IDS) == 2
+        assert cosine(run(path, IDS), run(source, IDS)) > 0.999
+        assert_reads_back(source, path, "", recipe=recipe)
+
+
 def test_a_finished_file_is_written_again_with_the_same_codes(text: Path, tmp_path: Path) -> None:
     for scheme in ("w8a8", "int4"):
         first, again = tmp_path / f"{scheme}.onnx", tmp_path / f"{scheme}-again.onnx"

@@ -116,6 +116,9 @@ def _weight(graph: OnnxGraph, node: ir.Node) -> bool:
     found = _dequantized(graph, node, stored.data, attribute(node, "axis", 1), stored.turned)
     if found is None:
         return False
+    looked_up = any(use.node.op_type == "Gather" and use.idx == 0 for use in stored.value.uses())
+    if looked_up and isinstance(found, QuantizedData):
+        found = _whole_rows(found)
     weight = _become(graph, stored.value, found)
     value = _turned(graph, node, weight) if stored.turned else weight
     _replace(graph, node.outputs[0], value)
@@ -345,6 +348,10 @@ def _dequantized(
 def _become(graph: OnnxGraph, codes: ir.Value | None, data: QuantizedData | BiasData) -> ir.Value:
     """Make an initializer of the dequantized weight, under the name that the codes have without their suffix."""
     assert codes is not None
+    if isinstance(data, QuantizedData):
+        for name, known in graph.data.items():  # a table that is looked up, and multiplied with as well
+            if isinstance(known, QuantizedData) and (known.codes, known.encoding) == (data.codes, data.encoding):
+                return graph.model.graph.initializers[name]
     old = codes.name or ""
     wanted = _SUFFIX.sub("", old)
     if wanted == old and old in graph.model.graph.initializers:

@@ -49,7 +49,11 @@ def scale_of(edit: Editor, weight: Weight) -> ir.Value:
 def dequantize(edit: Editor, weight: Weight, uses: list[tuple[ir.Node, int]]) -> None:
     """Put DequantizeLinear between a weight and the nodes that take it."""
     codes, scale, point, layout = weight.codes, scale_of(edit, weight), weight.arrays.get("_zero_point"), weight.layout
-    if weight.role.transposed and layout.block_size:
+    if (
+        layout.axis == 0 and not layout.block_size and len(scale.shape or ()) == 2
+    ):  # a table: its scales are looked up as rows, too
+        layout = Layout(1, layout.block_size or weight.row, layout.grid, layout.nested, layout.opset)
+    elif weight.role.transposed and layout.block_size:
         # onnxruntime turns the constants when it loads, and then joins DequantizeLinear and product into MatMulNBits;
         # a product with the transposed weight it leaves apart.
         codes, scale = _turned(edit, codes), _turned(edit, scale)

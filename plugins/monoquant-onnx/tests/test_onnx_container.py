@@ -457,3 +457,18 @@ def test_the_command_refuses_in_one_line(folder: Path) -> None:
     assert run.stdout == ""
     assert run.stderr.startswith(f"error: {path}: tensor 'w': external data at '../outside.bin'")
     assert "Traceback" not in run.stderr
+
+
+def test_snapshots_of_the_hubs_cache_are_links_to_blobs(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc" / "onnx"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    (blobs / "1").write_bytes(model(external("model.onnx_data")).SerializeToString())
+    (blobs / "2").write_bytes(W.tobytes())
+    (snapshot / "model.onnx").symlink_to("../../../blobs/1")
+    (snapshot / "model.onnx_data").symlink_to("../../../blobs/2")
+    source = open_onnx(snapshot / "model.onnx")
+    got = source.read("w", range(32))
+    assert isinstance(got, torch.Tensor)
+    assert np.array_equal(got.numpy(), W)
+    source.close()

@@ -286,6 +286,6 @@ def _floats(value: QuantizedTensor | torch.Tensor) -> torch.Tensor:
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    x, y = a.flatten().double(), b.flatten().double()
-    size = float(x.norm() * y.norm())
+    x, y = a.flatten(), b.flatten().float()
+    size = float(x.norm()) * float(y.norm())
     return float(x @ y) / size if size else 1.0

@@ -201,18 +201,18 @@ def _name_outputs(graph: OnnxGraph, reference: Reference) -> None:
 def _evaluating(module: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode, and no cache of attention states; as it was afterwards."""
     modes = [(m, m.training) for m in module.modules()]
-    config = getattr(module, "config", None)
-    cache = getattr(config, "use_cache", None)
+    configs: dict[int, Any] = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     try:
         module.eval()
-        if cache:
-            config.use_cache = False  # type: ignore[union-attr]
+        for config in caching:
+            config.use_cache = False
         yield
     finally:
         for child, mode in modes:
             child.training = mode
-        if cache:
-            config.use_cache = cache  # type: ignore[union-attr]
+        for config in caching:
+            config.use_cache = True
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ def made_up_batch(runnable: Runnable, samples: int, seed: int = 0) -> dict[str, 
         if "token_type_ids" in named and getattr(config, "type_vocab_size", None):
             batch["token_type_ids"] = torch.zeros_like(ids)
         if "decoder_input_ids" in named and getattr(config, "is_encoder_decoder", False):
-            batch["decoder_input_ids"] = ids.flip(1)
+            batch["decoder_input_ids"] = ids.flip(1)[:, 1:]  # of another length: the two need not be equal
         return batch
     size, channels = (getattr(config, key, None) for key in ("image_size", "num_channels"))
     if isinstance(size, int) and isinstance(channels, int) and "pixel_values" in named:

@@ -433,3 +433,26 @@ def test_minilm_from_its_folder(minilm: Path) -> None:
     assert any("zeros, which the exporter left out of the graph: pooler.dense.bias" in n for n in source.info.notes)
     for name, value in found.items():
         assert distance(value, expected[name]) < 1e-5 < TOLERANCE
+
+
+def test_an_encoder_and_its_decoder_have_lengths_of_their_own() -> None:
+    """And one table of embeddings for three modules."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, num_layers=1, num_heads=2, d_ff=32, vocab_size=60, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    module = transformers.T5ForConditionalGeneration(config).eval()
+    source = tracing.trace(open_source(module))
+    tied = {s.name: s.tied_to for s in source.specs() if s.tied_to}
+    assert tied == dict.fromkeys(
+        ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"], "shared.weight"
+    )
+    assert module.config.use_cache
+    ids = torch.randint(0, 60, (3, 11))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :4]}
+    with torch.no_grad(), source.graph.runner(()) as runner:
+        found, expected = runner.run(batch), module(**batch, use_cache=False)
+    assert list(found) == ["logits", "encoder_last_hidden_state"]
+    for name, value in found.items():
+        assert distance(value, expected[name]) < 1e-5

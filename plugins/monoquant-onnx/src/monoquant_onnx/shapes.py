@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import onnx_ir as ir
 import torch
@@ -22,29 +22,41 @@ if TYPE_CHECKING:
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
+Axes: TypeAlias = "list[tuple[int, int]]"  #: input and axis
+
 
 def name_dims(graph: OnnxGraph, reference: Reference) -> None:
     """Call the extents of a graph that vary batch and sequence instead of s77; those that are numbers become numbers.
 
-    Inputs that had as many samples, or were as long, in the example share the name: nothing says that they need not be.
+    Lengths share a name where the module takes no others: onnxruntime reuses memory for extents of one name.
     """
     names: dict[str, str] = {}
-    lengths: list[int] = []
-    for value, tensor in zip(graph.model.graph.inputs, reference.inputs, strict=True):
-        for axis, dim in enumerate(value.shape.dims if value.shape is not None else ()):
-            text = _text(dim)
-            if isinstance(dim, int) or not _SYMBOL.fullmatch(text):
-                continue
-            if axis == 0 and reference.batched:
-                names[text] = "batch"
-                continue
-            if tensor.shape[axis] not in lengths:
-                lengths.append(tensor.shape[axis])
-            number = lengths.index(tensor.shape[axis]) + 1
-            names[text] = "sequence" if number == 1 else f"sequence_{number}"
+    firsts: dict[int, str] = {}  # length in the example -> the first name of one
+    for symbol, axes in _symbols(graph).items():
+        i, axis = axes[0]
+        if axis == 0 and reference.batched:
+            names[symbol] = "batch"
+            continue
+        size = reference.inputs[i].shape[axis]
+        if size in firsts and not _runs(reference, with_extent(reference.inputs, axes, size + 1)):
+            names[symbol] = firsts[size]
+            continue
+        number = len({n for n in names.values() if n.startswith("sequence")})
+        names[symbol] = f"sequence_{number + 1}" if number else "sequence"
+        firsts.setdefault(size, names[symbol])
     for value in values(graph.model.graph):
         if value.shape is not None:
             value.shape = ir.Shape([_named(dim, names) for dim in value.shape.dims])
+
+
+def _symbols(graph: OnnxGraph) -> dict[str, Axes]:
+    """Names of extents that vary -> the axes of the inputs that have them."""
+    found: dict[str, Axes] = {}
+    for i, value in enumerate(graph.model.graph.inputs):
+        for axis, dim in enumerate(value.shape.dims if value.shape is not None else ()):
+            if not isinstance(dim, int) and _SYMBOL.fullmatch(_text(dim)):
+                found.setdefault(_text(dim), []).append((i, axis))
+    return found
 
 
 def check_extents(graph: OnnxGraph, reference: Reference) -> list[str]:
@@ -96,25 +108,24 @@ def with_extent(inputs: Sequence[torch.Tensor], axes: Sequence[tuple[int, int]],
 
 
 def _other_extents(graph: OnnxGraph, reference: Reference) -> list[list[torch.Tensor]]:
-    """Inputs that the module takes, with another extent for one name that is declared free each."""
-    axes: dict[str, list[tuple[int, int]]] = {}
-    for i, value in enumerate(graph.model.graph.inputs):
-        for axis, dim in enumerate(value.shape.dims if value.shape is not None else ()):
-            if not isinstance(dim, int):
-                axes.setdefault(_text(dim), []).append((i, axis))
+    """Inputs that the module takes, with another number of samples, and with other lengths: equal ones stay equal."""
+    together: dict[tuple[bool, int], Axes] = {}
+    for axes in _symbols(graph).values():
+        i, axis = axes[0]
+        is_batch = axis == 0 and reference.batched
+        together.setdefault((is_batch, reference.inputs[i].shape[axis]), []).extend(axes)
     found = []
-    for places in axes.values():
-        i, axis = places[0]
-        changed = with_extent(reference.inputs, places, reference.inputs[i].shape[axis] + 1)
+    for (_, size), axes in together.items():
+        changed = with_extent(reference.inputs, axes, size + 1)
         if _runs(reference, changed):
             found.append(changed)
     return found
 
 
-def _frozen(graph: OnnxGraph, reference: Reference) -> list[list[tuple[int, int]]]:
+def _frozen(graph: OnnxGraph, reference: Reference) -> list[Axes]:
     """Fixed axes of the inputs, those together that vary together: the batch, and sequences of one length."""
-    batch: list[tuple[int, int]] = []
-    by_size: dict[int, list[tuple[int, int]]] = {}
+    batch: Axes = []
+    by_size: dict[int, Axes] = {}
     for i, (value, tensor) in enumerate(zip(graph.model.graph.inputs, reference.inputs, strict=True)):
         for axis, dim in enumerate(value.shape.dims if value.shape is not None else ()):
             if not isinstance(dim, int):

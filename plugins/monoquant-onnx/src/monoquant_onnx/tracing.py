@@ -106,7 +106,10 @@ def _example(runnable: Any, example: Batch | None, name: str) -> dict[str, Any] 
     """What to trace with: a few samples, and more than one."""
     if example is None:
         try:
-            return made_up_batch(runnable, SAMPLES)
+            made = made_up_batch(runnable, SAMPLES)
+            if "attention_mask" in made:  # a mask of ones is one that models leave out
+                made["attention_mask"][-1, -1] = 0
+            return made
         except CalibrationError as exc:
             raise CalibrationError(
                 f"{name}: nothing says what the model takes, and tracing its graph needs an example: {exc}",
@@ -173,6 +176,10 @@ def _export(module: torch.nn.Module, reference: Reference, name: str) -> torch.e
 
 
 def _translate(program: torch.export.ExportedProgram, name: str) -> ir.Model:
+    # Its checks of extents take arguments in another order than they are given, where there are keywords (torch 2.13).
+    guards = getattr(program, "_guards_code", None)
+    if guards:
+        program._guards_code = []
     try:
         with _silent():
             made = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, optimize=True)
@@ -181,6 +188,9 @@ def _translate(program: torch.export.ExportedProgram, name: str) -> ir.Model:
             f"{name}: torch.onnx does not translate it: {_reason(exc)}",
             hint="export it to .onnx yourself with what the operator needs, and give that file",
         ) from exc
+    finally:
+        if guards:
+            program._guards_code = guards
     assert made is not None
     model = made.model
     if model.opset_imports.get("", 0) < OPSET:

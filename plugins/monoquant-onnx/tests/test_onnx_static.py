@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,9 +79,10 @@ def test_weights_have_seven_bits_unless_the_target_can_add_eight(images: Path, s
     assert np.abs(initializers(tmp_path / "q.onnx")["a.weight"]).max() == 127, "nothing is added in weights alone"
 
 
-def test_biases_are_steps_of_the_inputs_scale_times_the_weights(images: Path, stats: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("calibrator", ["minmax", "mse"])  # mse has other ranges before and after the pooling
+def test_biases_are_steps_of_the_inputs_scale_times_the_weights(images: Path, tmp_path: Path, calibrator: str) -> None:
     path = tmp_path / "q.onnx"
-    save(images, path, stats, set=ALL)
+    save(images, path, calibrated(images, [IMAGES], calibrator), set=ALL)
     found, floats = initializers(path), initializers(images)
     nodes = {n.output[0]: n for n in onnx.load(path).graph.node}
     for name in ("stem", "a", "b", "fc"):
@@ -184,3 +187,26 @@ def test_ranges_hold_zero_and_their_ends(low: float, high: float) -> None:
     step = float(scale)
     assert (0 - int(point)) * step <= low + 0.51 * step + 1e-30
     assert (255 - int(point)) * step >= high - 0.51 * step - 1e-30
+
+
+def test_the_command_calibrates_and_writes(images: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "data.npz", tmp_path / "q.onnx"
+    np.savez(data, x=normal(120, 3, 16, 16, seed=9, scale=1.0))
+    line = [
+        sys.executable,
+        "-m",
+        "monoquant_core.cli",
+        "quantize",
+        images,
+        "-o",
+        out,
+        "--scheme",
+        "w8a8",
+        "--data",
+        data,
+    ]
+    done = subprocess.run([*map(str, line), "--json"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bytes"] == out.stat().st_size
+    assert operators(out, tmp_path)["QLinearConv"] == 3
+    assert cosine(run(out, IMAGES), run(images, IMAGES)) > 0.99

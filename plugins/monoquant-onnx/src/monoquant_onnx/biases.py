@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 from monoquant_core.encoding import Encoding
 from monoquant_core.rows import all_rows
-from monoquant_onnx.static import scale_and_zero_point
+from monoquant_onnx.static import Pairs, scale_and_zero_point
 
 if TYPE_CHECKING:
     import torch
 
     from monoquant_onnx.data import Data
     from monoquant_onnx.graph import OnnxGraph
-    from monoquant_onnx.ranges import Ranges
 
 REASON = "int32 in steps of the input's scale times the weight's, as integer layers add it"
 LIFTED = "channels that are next to nothing beside their bias get a scale at which int32 holds that"
@@ -35,8 +34,11 @@ class Bias:
     input_scale: float  #: float32
 
 
-def find(graph: OnnxGraph, weight: str, ranges: Ranges) -> Bias | None:
-    """The bias that belongs to a weight alone; None where there is none, or the range of the input is not known."""
+def find(graph: OnnxGraph, weight: str, pairs: Pairs) -> Bias | None:
+    """The bias that belongs to a weight alone; None where there is none, or the input is not quantized.
+
+    :param pairs: the graph's; the range of the input is what it is quantized with, not what is known of it.
+    """
     uses = graph.uses(weight)
     if len(uses) != 1:
         return None
@@ -45,7 +47,7 @@ def find(graph: OnnxGraph, weight: str, ranges: Ranges) -> Bias | None:
     taken = node.inputs[0]
     if value is None or taken is None or value.name not in graph.data or len(list(value.uses())) != 1:
         return None
-    data, found = graph.data[value.name], ranges.find(taken)
+    data, found = graph.data[value.name], pairs.range_of(taken)
     if found is None or len(data.shape) != 1 or data.dtype != "float32":
         return None
     scale, _ = scale_and_zero_point(found)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from monoquant_onnx.graph import OnnxGraph
     from monoquant_onnx.ranges import Ranges
     from monoquant_onnx.rewrite import Rewritten
+    from monoquant_onnx.static import Pairs
 
 DYNAMIC, STATIC, ROWS, WEIGHTS = "MatMulInteger", "QDQ", "Gather+DequantizeLinear", "DequantizeLinear"
 
@@ -123,12 +124,23 @@ class OnnxExporter:
 
     def settle(self, placed: Sequence[Placed]) -> Sequence[Output]:
         """Biases of layers that are computed in integers: int32, in steps of the input's scale times the weight's."""
-        ranges = self._ranges(placed)
+        static = [item for item in placed if item.held.layout == STATIC]
+        if not static:
+            return []
+        from monoquant_onnx.static import find_pairs
+
+        assert self._graph is not None
+        layers = {
+            node: item.output.name
+            for item in static
+            for node, _ in self._graph.uses(self._graph.names[item.output.name])
+        }
+        pairs = find_pairs(self._graph.model.graph, layers, self._ranges(placed).find)
         known = {item.output.name: item for item in placed}
         found: list[Output] = []
-        for item in placed:
-            if item.held.layout == STATIC and self._roles[item.output.name].what in ("conv", "gemm"):
-                found += self._with_bias(item, known, ranges)
+        for item in static:
+            if self._roles[item.output.name].what in ("conv", "gemm"):
+                found += self._with_bias(item, known, pairs)
         return found
 
     def parts(self, out: Output, held: Held) -> Sequence[Part]:
@@ -233,12 +245,12 @@ class OnnxExporter:
                 return Refuses(f"{encoding}: {reason}", Proposal(instead))
         return Refuses(f"{encoding}: {reason}")
 
-    def _with_bias(self, item: Placed, known: Mapping[str, Placed], ranges: Ranges) -> list[Output]:
+    def _with_bias(self, item: Placed, known: Mapping[str, Placed], pairs: Pairs) -> list[Output]:
         from monoquant_onnx import biases
 
         assert self._graph is not None
         weight = item.output.name
-        found = biases.find(self._graph, self._graph.names[weight], ranges)
+        found = biases.find(self._graph, self._graph.names[weight], pairs)
         bias = next(
             (name for name, initializer in self._graph.names.items() if found and initializer == found.name), ""
         )

@@ -34,6 +34,12 @@ class Pairs:
     same: dict[ir.Value, ir.Value] = field(default_factory=dict)  #: value with the scale of another
     missing: list[str] = field(default_factory=list)  #: values that would have one, if their range were known
 
+    def range_of(self, value: ir.Value) -> Range | None:
+        """The range that a value is quantized with."""
+        if value in self.made:
+            return self.made[value]
+        return self.taken[value][0] if value in self.taken else None
+
 
 def find_pairs(graph: ir.Graph, layers: Mapping[ir.Node, str], find: FindRange) -> Pairs:
     """Where pairs go.

@@ -57,9 +57,12 @@ def verify_with(
     notes: list[str] = []
     agreements = [*_agreements(_run(runtime.reference(original, finished), batches), exact, IR, bound)]
     if exact is not found:
-        agreements += _agreements(exact, found, "unoptimized", getattr(runtime, "optimized_bound", None))
-        if not all(agreement.passed for agreement in agreements) and batches:
-            first = runtime.diverging(path, batches[0], bound)  # type: ignore[attr-defined]  # comes with open_exact
+        allowed: float | None = getattr(runtime, "optimized_bound", None)
+        changed = [*_agreements(exact, found, "unoptimized", allowed)]
+        agreements += changed
+        if allowed is not None and not all(agreement.passed for agreement in changed):
+            inputs = {k: v for k, v in batches[0].items() if k != LABELS}
+            first = runtime.diverging(path, inputs, allowed)  # type: ignore[attr-defined]  # comes with open_exact
             notes += [f"the first value that the optimizations of {name} change by more is {first}"] if first else []
     from_original = _run(runtime.reference(original, None), batches)
     agreements += _agreements(from_original, found, "original", None)

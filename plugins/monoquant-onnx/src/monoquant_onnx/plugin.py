@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from monoquant_core.declarations import ExporterDeclaration, RecipeDeclaration, SourceDeclaration
+from monoquant_core.declarations import ExporterDeclaration, RecipeDeclaration, RuntimeDeclaration, SourceDeclaration
 from monoquant_core.hookspecs import hookimpl
 from monoquant_core.options import option
 
@@ -53,5 +53,19 @@ def monoquant_register_recipes() -> Iterable[RecipeDeclaration]:
     return [
         RecipeDeclaration(
             "int8-embeddings", "the default rules, and embeddings as int8", "monoquant_onnx.recipe:OnnxRecipe"
+        )
+    ]
+
+
+@hookimpl
+def monoquant_register_runtimes() -> Iterable[RuntimeDeclaration]:
+    """What runs the files."""
+    return [
+        RuntimeDeclaration(
+            "onnxruntime",
+            ".onnx files in onnxruntime",
+            "monoquant_onnx.runtime:OnnxRuntime",
+            formats=("onnx",),
+            distribution="onnxruntime",
         )
     ]

@@ -32,10 +32,18 @@ class OnnxRunner:
     The weights are written there once, piece by piece, and mapped by onnxruntime. Layout optimizations are off, so
     that every reported value is the one that the graph names.
 
+    :param optimized: False runs every node as it is.
     :raises CalibrationError: for a point that the graph does not have, or a graph that onnxruntime refuses.
     """
 
-    def __init__(self, graph: OnnxGraph, points: Collection[str] | None = None, device: str = "") -> None:
+    def __init__(
+        self,
+        graph: OnnxGraph,
+        points: Collection[str] | None = None,
+        device: str = "",
+        *,
+        optimized: bool = True,
+    ) -> None:
         self.graph = graph
         self.inputs: Sequence[Input] = graph_inputs(graph)
         self.notes: list[str] = []
@@ -53,7 +61,7 @@ class OnnxRunner:
         self.points: Sequence[str] = tuple(wanted)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._session: Any = None
-        self._providers = _providers(device)
+        self._providers, self._optimized = _providers(device), optimized
         self._outputs = [o.name or "" for o in graph.model.graph.outputs]
 
     def __enter__(self) -> Self:
@@ -97,7 +105,8 @@ class OnnxRunner:
             path = Path(self._folder.name) / "model.onnx"
             write_copy(self.graph, path, [name for name, _ in self._observed.values()])
             options = onnxruntime.SessionOptions()
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            level = onnxruntime.GraphOptimizationLevel
+            options.graph_optimization_level = level.ORT_ENABLE_BASIC if self._optimized else level.ORT_DISABLE_ALL
             options.log_severity_level = 4
             try:
                 self._session = onnxruntime.InferenceSession(str(path), options, providers=self._providers)
@@ -111,7 +120,7 @@ class OnnxRunner:
             note = f"{self.graph.name}: not used, the graph has no such inputs: {', '.join(extra)}"
             if note not in self.notes:
                 self.notes.append(note)
-        return {i.name: _as_input(self.graph.name, i, given[i.name]) for i in self.inputs if i.name in given}
+        return {i.name: as_input(self.graph.name, i, given[i.name]) for i in self.inputs if i.name in given}
 
 
 def graph_inputs(graph: OnnxGraph) -> list[Input]:
@@ -163,7 +172,11 @@ def write_copy(graph: OnnxGraph, path: Path, extra_outputs: Sequence[str] = ()) 
     onnx.save_model(ir.to_proto(model), str(path))
 
 
-def _as_input(model: str, wanted: Input, value: torch.Tensor) -> torch.Tensor:
+def as_input(model: str, wanted: Input, value: torch.Tensor) -> torch.Tensor:
+    """A value in the dtype that an input takes.
+
+    :raises CalibrationError: when its dtype or its shape does not fit.
+    """
     dtype = getattr(torch, wanted.dtype, None)
     tensor = value.detach().cpu()
     if dtype is not None and tensor.dtype != dtype:

@@ -54,8 +54,9 @@ def verify_with(
     found = _run(runtime.open(path), batches)
     open_exact: Callable[[Path], Runner] | None = getattr(runtime, "open_exact", None)
     exact = _run(open_exact(path), batches) if open_exact is not None else found
-    notes: list[str] = []
-    agreements = [*_agreements(_run(runtime.reference(original, finished), batches), exact, IR, bound)]
+    expected = runtime.reference(original, finished)
+    agreements = [*_agreements(_run(expected, batches), exact, IR, bound)]
+    notes = list(expected.notes)
     if exact is not found:
         allowed: float | None = getattr(runtime, "optimized_bound", None)
         changed = [*_agreements(exact, found, "unoptimized", allowed)]

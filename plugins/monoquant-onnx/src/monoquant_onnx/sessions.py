@@ -29,18 +29,23 @@ class FileRunner:
     """An .onnx file as it lies on the disk.
 
     :param optimized: as users open it; else node by node, as it is written.
-    :raises ExecutionError: when onnx finds it invalid, or onnxruntime does not load it.
+    :param also: values that become outputs.
+    :raises ExecutionError: when onnxruntime does not load it.
     """
 
-    def __init__(self, path: Path, *, optimized: bool) -> None:
+    def __init__(self, path: Path, *, optimized: bool, also: Sequence[str] = ()) -> None:
         self.path = path
         self.points: Sequence[str] = ()
         self.notes: list[str] = []
-        check(path)
         graph = structure_of(path)
         self.inputs: Sequence[Input] = graph_inputs(graph)
-        self.outputs = [value.name or "" for value in graph.model.graph.outputs]
-        self._session: Any = open_session(str(path), path, optimized=optimized)
+        own = [value.name or "" for value in graph.model.graph.outputs]
+        given = {i.name for i in self.inputs}
+        more = [name for name in dict.fromkeys(also) if name not in own and name not in given]
+        self.outputs = [*own, *more]
+        self.rounds_at_run_time = any(node.op_type == "DynamicQuantizeLinear" for node in graph.model.graph)
+        model = with_outputs(path, self.outputs) if more else str(path)
+        self._session: Any = open_session(model, path, optimized=optimized)
 
     def __enter__(self) -> Self:
         return self
@@ -78,6 +83,15 @@ def check(path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as exc:  # its own kinds, and those of protobuf
         raise ExecutionError(f"{path}: onnx.checker: {_line(exc)}") from exc
+
+
+def with_outputs(path: Path, names: Sequence[str]) -> bytes:
+    """A file with other outputs; external data stay where they are."""
+    proto = onnx.load(str(path), load_external_data=False)
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    serialized: bytes = proto.SerializeToString()
+    return serialized
 
 
 def structure_of(path: Path) -> OnnxGraph:
@@ -138,13 +152,10 @@ def diverging(path: Path, batch: Batch, bound: float) -> str:
     graph = structure_of(path)
     graph.infer_shapes()
     given = feeds(batch, graph_inputs(graph), str(path))
-    proto = onnx.load(str(path), load_external_data=False)
     candidates = [value for node in graph.model.graph for value in node.outputs if _is_activation(graph, value)]
 
     def differs(value: ir.Value) -> bool:
-        del proto.graph.output[:]
-        proto.graph.output.append(onnx.ValueInfoProto(name=value.name or ""))
-        model = proto.SerializeToString()
+        model = with_outputs(path, [value.name or ""])
         fast, exact = (
             run_session(open_session(model, path, optimized=optimized), given, [value.name or ""], path)
             for optimized in (True, False)

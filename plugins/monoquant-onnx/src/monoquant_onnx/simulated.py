@@ -1,7 +1,10 @@
 """What a finished file should compute: the original's graph with the file's dequantized weights, in floats.
 
-Activations are rounded where the file rounds them, by QuantizeLinear and DequantizeLinear around float operators, so
-that nothing of it depends on how a runtime computes with integers, or on which nodes it joins.
+Where the file rounds a value to 8 bits, so does this, by QuantizeLinear and DequantizeLinear around float operators:
+nothing of it depends on how a runtime computes with integers, or on which nodes it joins. But float32 sums in another
+order take some values to the next step of a rounding, these take others in the next layer, and after six layers of an
+encoder two correct computations differ by nearly as much as rounding costs. So there is a second form in which
+every rounded value is an input and comes from the file: each stretch between two roundings is compared for itself.
 """
 
 from __future__ import annotations
@@ -33,14 +36,57 @@ CHUNK = 1 << 22  #: elements that are compared at once
 EXCESS = 1.001  #: of the squared norm of a channel, which is what zeros in its place would be off by
 
 
-def simulated(original: OnnxGraph, finished: OnnxSource, path: Path) -> OnnxGraph:
-    """A graph of floats that computes what the file should.
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A value that the file rounds."""
+
+    value: str  #: before, in the simulated graph
+    before: str  #: the same in the file
+    rounded: tuple[str, ...]  #: in the file: floats; or codes, scale and zero point
+    given: str  #: the graph's input for what comes of it
+
+    def floats(self, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the file made of the value, from values of a run."""
+        if len(self.rounded) == 1:
+            return found[self.rounded[0]]
+        codes, scale, zero_point = (found[name] for name in self.rounded)
+        return (codes.int() - zero_point.int()) * scale
+
+
+def simulated(
+    original: OnnxGraph, finished: OnnxSource, path: Path, *, given: bool = False
+) -> tuple[OnnxGraph, list[Site]]:
+    """A graph of floats that computes what the file should, and where it rounds.
 
     :param original: is not changed.
     :param finished: the file as a source.
+    :param given: rounded values are inputs, and the values before them outputs as well.
     :raises ExecutionError: where the file is none of this graph, naming the tensor or the value.
     """
     graph = OnnxGraph(raised(original, finished.graph.opset).clone(), original.data, original.name)
+    dynamic = _bind_weights(graph, finished, path)
+    rounding = _Rounding(graph, path, given)
+    structure = read_structure(path)
+    try:
+        theirs = parse(structure, path)
+        for node in theirs.model.graph:
+            if node.op_type == "DynamicQuantizeLinear":
+                rounding.at_run_time(node, dynamic)
+            elif node.op_type == "DequantizeLinear" and (codes := _quantized_value(theirs, node)) is not None:
+                rounding.with_range(theirs, codes, node)
+    finally:
+        structure.close()
+    if dynamic - rounding.done:
+        raise ExecutionError(f"{path}: how it rounds the input of {min(dynamic - rounding.done)} is not understood")
+    return graph, rounding.sites()
+
+
+def _bind_weights(graph: OnnxGraph, finished: OnnxSource, path: Path) -> set[str]:
+    """Put the file's values in the places of the graph's own.
+
+    :return: the weights whose inputs are rounded at run time.
+    """
+    dynamic = set()
     for spec in finished.specs():
         name = finished.graph.names[spec.name]
         data, own = finished.graph.data[name], graph.data.get(name)
@@ -52,10 +98,9 @@ def simulated(original: OnnxGraph, finished: OnnxSource, path: Path) -> OnnxGrap
         if isinstance(data, QuantizedData):
             _check_near(own, data, tensor_at(str(path), name))
             if data.activation is not None and data.activation.dynamic:
-                _round_at_run_time(graph.model.graph, name)
+                dynamic.add(name)
         graph.bind(name, data if data.dtype == own.dtype else _As(data, own.dtype))
-    _round(graph, path)
-    return graph
+    return dynamic
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,100 +149,106 @@ def _check_near(own: Data, data: QuantizedData, where: str) -> None:
         )
 
 
-def _round_at_run_time(graph: ir.Graph, weight: str) -> None:
-    """Quantize the input of a weight's products when the graph runs, one range for the tensor."""
-    for use in list(graph.initializers[weight].uses()):
-        value = use.node.inputs[0]
-        if use.idx != 1 or value is None:
-            continue
-        codes = ir.node("DynamicQuantizeLinear", [value], num_outputs=3)
-        floats = ir.node("DequantizeLinear", codes.outputs)
-        graph.insert_before(use.node, (codes, floats))
-        use.node.replace_input_with(0, floats.outputs[0])
+class _Rounding:
+    """Rounds values of a graph as a file does."""
 
+    def __init__(self, graph: OnnxGraph, path: Path, given: bool) -> None:
+        self._graph, self._main, self._path, self._given = graph, graph.model.graph, path, given
+        self._known = {value.name: value for value in values(self._main)}
+        self._makers = {node.outputs[0].name: node for node in self._main.all_nodes()}
+        self._sites: list[tuple[ir.Value, Site]] = []
+        self.done: set[str] = set()  #: weights whose inputs are rounded at run time
 
-def _round(graph: OnnxGraph, path: Path) -> None:
-    """Insert the pairs of QuantizeLinear and DequantizeLinear with which the file rounds values."""
-    main = graph.model.graph
-    known = {value.name: value for value in values(main)}
-    makers = {node.outputs[0].name: node for node in main.all_nodes()}
-    structure = read_structure(path)
-    try:
-        theirs = parse(structure, path)
-        for floats in theirs.model.graph:
-            codes = _quantized_value(theirs, floats)
-            if codes is not None:
-                _insert(graph, theirs, (codes, floats), known, makers, path)
-    finally:
-        structure.close()
+    def sites(self) -> list[Site]:
+        """Where it rounds, in the order of the file."""
+        return [Site(value.name or "", site.before, site.rounded, site.given) for value, site in self._sites]
+
+    def at_run_time(self, node: ir.Node, weights: set[str]) -> None:
+        """As a DynamicQuantizeLinear of the file does, for the products with these weights."""
+        value, before = self._value(node.inputs[0].name if node.inputs[0] is not None else None), node.inputs[0]
+        assert before is not None
+        made: list[ir.Node] = []
+        if not self._given:
+            codes = ir.node("DynamicQuantizeLinear", [value], num_outputs=3)
+            made = [codes, ir.node("DequantizeLinear", codes.outputs)]
+        result = self._rounded(value, before.name or "", tuple(v.name or "" for v in node.outputs), made)
+        for use in list(value.uses()):
+            weight = use.node.inputs[1].name if len(use.node.inputs) > 1 and use.node.inputs[1] is not None else None
+            if use.idx == 0 and weight in weights:
+                use.node.replace_input_with(0, result)
+                self.done.add(weight or "")
+
+    def with_range(self, theirs: OnnxGraph, codes: ir.Node, floats: ir.Node) -> None:
+        """As a pair of QuantizeLinear and DequantizeLinear of the file does."""
+        before, end = codes.inputs[0], floats.outputs[0]
+        assert before is not None
+        name = end.name if end.is_graph_output() else before.name
+        value = self._value(name)
+        made: list[ir.Node] = []
+        if not self._given:
+            inputs: list[ir.Value | None] = [value]
+            for node in (codes, floats):
+                params = [self._constant(theirs, given) for given in node.inputs[1:]]
+                made.append(ir.node(node.op_type, [*inputs, *params], dict(node.attributes)))
+                inputs = [made[-1].outputs[0]]
+        result = self._rounded(value, before.name or "", (end.name or "",), made)
+        for use in end.uses():
+            maker = self._makers.get(use.node.outputs[0].name)
+            if use.node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear"):
+                continue  # rounds again, under the name of what this pair gives
+            if maker is None or maker.inputs[use.idx] is not value:
+                raise ExecutionError(
+                    f"{self._path}: node {shown(use.node.name or use.node.op_type)} takes {shown(name or '')}, "
+                    "and the original's takes something else"
+                )
+            maker.replace_input_with(use.idx, result)
+        self._known[end.name] = result
+        if end.is_graph_output():
+            for index, output in enumerate(self._main.outputs):
+                if output is value and not self._given:
+                    self._main.outputs[index] = result
+                    result.type, result.shape = value.type, value.shape
+                    value.name, result.name = f"{name}:before", name
+
+    def _value(self, name: str | None) -> ir.Value:
+        found = self._known.get(name)
+        if found is None:
+            raise ExecutionError(f"{self._path}: rounds {shown(name or '')}, which the original's graph does not have")
+        return found
+
+    def _rounded(self, value: ir.Value, before: str, rounded: tuple[str, ...], made: list[ir.Node]) -> ir.Value:
+        """What comes of a value: of these nodes, or an input."""
+        if self._given:
+            result = ir.Value(name=self._graph.free_name(f"{value.name}:rounded"), type=value.type)
+            self._main.inputs.append(result)
+            if not value.is_graph_input() and value not in self._main.outputs:
+                self._main.outputs.append(value)
+        else:
+            result = made[-1].outputs[0]
+            producer, first = value.producer(), next(iter(self._main), None)
+            if producer is not None:
+                self._main.insert_after(producer, made)
+            elif first is not None:
+                self._main.insert_before(first, made)
+        self._sites.append((value, Site("", before, rounded, result.name or "")))
+        return result
+
+    def _constant(self, theirs: OnnxGraph, value: ir.Value | None) -> ir.Value | None:
+        """A scale or zero point of the file as an initializer of the graph."""
+        if value is None:
+            return None
+        data = theirs.constant(value)
+        if data is None or stored_bytes(data) > CHUNK:
+            raise ExecutionError(f"{self._path}: {shown(value.name or '')} is not a number that the file gives")
+        name = self._graph.free_name(f"{value.name}:range")
+        tensor = array_tensor(whole(data), ir.DataType(types.NUMBER[data.dtype]), name)
+        made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(data.shape), const_value=tensor)
+        self._main.register_initializer(made)
+        return made
 
 
 def _quantized_value(graph: OnnxGraph, node: ir.Node) -> ir.Node | None:
     """The QuantizeLinear of a value before its DequantizeLinear; None for other nodes."""
-    if node.op_type != "DequantizeLinear" or node.inputs[0] is None:
-        return None
-    codes = node.inputs[0].producer()
+    codes = node.inputs[0].producer() if node.inputs[0] is not None else None
     made = codes is not None and codes.op_type == "QuantizeLinear" and graph.constant(codes.inputs[0]) is None
     return codes if made else None
-
-
-def _insert(
-    graph: OnnxGraph,
-    theirs: OnnxGraph,
-    pair: tuple[ir.Node, ir.Node],
-    known: dict[str | None, ir.Value],
-    makers: Mapping[str | None, ir.Node],
-    path: Path,
-) -> None:
-    main = graph.model.graph
-    codes, floats = pair
-    result = floats.outputs[0]
-    assert codes.inputs[0] is not None
-    name = result.name if result.is_graph_output() else codes.inputs[0].name
-    value = known.get(name)
-    if value is None:
-        raise ExecutionError(f"{path}: rounds {shown(name or '')}, which the original's graph does not have")
-    made: list[ir.Node] = []
-    inputs: list[ir.Value | None] = [value]
-    for node in pair:
-        params = [_constant(graph, theirs, given, path) for given in node.inputs[1:]]
-        copy = ir.node(node.op_type, [*inputs, *params], dict(node.attributes))
-        made.append(copy)
-        inputs = [copy.outputs[0]]
-    producer = value.producer()
-    if producer is not None:
-        main.insert_after(producer, made)
-    elif (first := next(iter(main), None)) is not None:
-        main.insert_before(first, made)
-    rounded = made[1].outputs[0]
-    known[result.name] = rounded
-    for use in result.uses():
-        maker = makers.get(use.node.outputs[0].name)
-        if use.node.op_type == "QuantizeLinear":
-            continue  # it rounds again, under the name of what this pair gives
-        if maker is None or maker.inputs[use.idx] is not value:
-            raise ExecutionError(
-                f"{path}: node {shown(use.node.name or use.node.op_type)} takes {shown(name or '')}, "
-                "and the original's takes something else"
-            )
-        maker.replace_input_with(use.idx, rounded)
-    if result.is_graph_output():
-        for index, output in enumerate(main.outputs):
-            if output is value:
-                main.outputs[index] = rounded
-                rounded.type, rounded.shape = value.type, value.shape
-                value.name, rounded.name = f"{name}_raw", name
-
-
-def _constant(graph: OnnxGraph, theirs: OnnxGraph, value: ir.Value | None, path: Path) -> ir.Value | None:
-    """A scale or zero point of the file as an initializer of the graph."""
-    if value is None:
-        return None
-    data = theirs.constant(value)
-    if data is None or stored_bytes(data) > CHUNK:
-        raise ExecutionError(f"{path}: {shown(value.name or '')} is not a number that the file gives")
-    name = graph.free_name(f"{value.name}:range")
-    tensor = array_tensor(whole(data), ir.DataType(types.NUMBER[data.dtype]), name)
-    made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(data.shape), const_value=tensor)
-    graph.model.graph.register_initializer(made)
-    return made

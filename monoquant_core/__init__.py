@@ -9,8 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from monoquant_core.api import QuantizedModel as QuantizedModel
-    from monoquant_core.api import Target as Target
     from monoquant_core.api import calibrate as calibrate
     from monoquant_core.api import compare as compare
     from monoquant_core.api import export as export
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from monoquant_core.api import open_source as open_source
     from monoquant_core.api import plan as plan
     from monoquant_core.api import quantize as quantize
-    from monoquant_core.api import save_all as save_all
     from monoquant_core.api import verify as verify
     from monoquant_core.encoding import ActivationQuant as ActivationQuant
     from monoquant_core.encoding import ElementType as ElementType
@@ -28,6 +25,9 @@ if TYPE_CHECKING:
     from monoquant_core.model import TensorSpec as TensorSpec
     from monoquant_core.planning import Plan as Plan
     from monoquant_core.plugins import load_registry as load_registry
+    from monoquant_core.quantized import QuantizedModel as QuantizedModel
+    from monoquant_core.quantized import Target as Target
+    from monoquant_core.quantized import save_all as save_all
     from monoquant_core.recipe import Recipe as Recipe
     from monoquant_core.recipe import Rule as Rule
     from monoquant_core.report import Progress as Progress
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "QuantizedModel": "api",
-    "Target": "api",
+    "QuantizedModel": "quantized",
+    "Target": "quantized",
     "calibrate": "api",
     "compare": "api",
     "export": "api",
@@ -48,7 +48,7 @@ _HOMES = {
     "open_source": "api",
     "plan": "api",
     "quantize": "api",
-    "save_all": "api",
+    "save_all": "quantized",
     "verify": "api",
     "ActivationQuant": "encoding",
     "ElementType": "encoding",

@@ -56,12 +56,14 @@ LAYERS: list[set[str]] = [
         "gather",
         "check",
         "workers",
+        "work",
+        "store",
         "engine",
         "calibration",
         "verification",
         "data",
     },
-    {"api"},
+    {"quantized", "api"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

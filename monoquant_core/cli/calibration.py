@@ -13,7 +13,7 @@ from monoquant_core.errors import OptionError, OutputError
 from monoquant_core.plugins import Registry
 
 if TYPE_CHECKING:
-    from monoquant_core.api import QuantizedModel
+    from monoquant_core.quantized import QuantizedModel
     from monoquant_core.statistics import Statistics
 
 DEFAULT = "mse"
@@ -85,11 +85,12 @@ def register(app: typer.Typer, registry: Registry) -> None:
         said as a warning.
         """
         from monoquant_core import api
+        from monoquant_core.quantized import QuantizedModel
 
         chosen = Samples(data, calibrator, samples, batch_size, seed, preprocess, data_tokenizer, length)
         arguments = chosen.arguments(registry)
         source = api.open_source(src, weights=weights, registry=registry, unsafe_pickle=unsafe_pickle)
-        with api.QuantizedModel(source, registry, quantizing=False) as model:
+        with QuantizedModel(source, registry, quantizing=False) as model:
             job = model.calibration(data, **arguments, format=format, device=device)
             stats = _kept(output, job, force)
             if stats is None:

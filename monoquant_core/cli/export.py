@@ -60,6 +60,7 @@ def register(app: typer.Typer, registry: Registry) -> None:
         Nothing is quantized again unless --on-unsupported asks for it.
         """
         from monoquant_core import api
+        from monoquant_core.quantized import QuantizedModel
 
         if output is None and not dry_run:
             raise flags.missing_output()
@@ -75,7 +76,7 @@ def register(app: typer.Typer, registry: Registry) -> None:
             "on_unsupported": on_unsupported.value,
         }
         source = api.open_source(src, weights=weights, registry=registry, unsafe_pickle=unsafe_pickle)
-        with api.QuantizedModel(source, registry, scheme, options["scheme"], quantizing=False) as model:
+        with QuantizedModel(source, registry, scheme, options["scheme"], quantizing=False) as model:
             if data:
                 model.calibration(data, samples=2, preprocess=preprocess, tokenizer=data_tokenizer)
             save_or_plan(

@@ -10,7 +10,7 @@ from monoquant_core.cli.progress import reporter
 from monoquant_core.cli.summary import show_reports
 
 if TYPE_CHECKING:
-    from monoquant_core.api import QuantizedModel
+    from monoquant_core.quantized import QuantizedModel
 
 
 def save_or_plan(
@@ -28,11 +28,11 @@ def save_or_plan(
 
     :param outputs: models, where they go, and the format with its options, as ``QuantizedModel.plan`` takes them.
     """
-    from monoquant_core import api
+    from monoquant_core.quantized import Target, plan_all, save_all
 
-    targets = [api.Target(model, path, **choice) for model, path, choice in outputs if path is not None]
+    targets = [Target(model, path, **choice) for model, path, choice in outputs if path is not None]
     if dry_run and len(targets) == len(outputs):
-        show_plans([(str(path), plan) for plan, path in api.plan_all(targets)], threads=threads, json=json)
+        show_plans([(str(path), plan) for plan, path in plan_all(targets)], threads=threads, json=json)
         return
     if dry_run:  # of an output without a name
         plans = [
@@ -42,6 +42,6 @@ def save_or_plan(
         return
     how: dict[str, Any] = {"threads": threads, "device": device, "force": force, "nonfinite": nonfinite.value}
     with reporter(quiet=quiet) as progress:
-        reports = api.save_all(targets, **how, progress=progress)
+        reports = save_all(targets, **how, progress=progress)
     if not quiet:
         show_reports(reports, json=json)

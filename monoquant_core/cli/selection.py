@@ -50,7 +50,8 @@ def select(
 
     :raises MonoquantError: for an unknown name, or an option that what was chosen does not take.
     """
-    from monoquant_core.api import DEFAULT_SCHEME, format_for
+    from monoquant_core.api import DEFAULT_SCHEME
+    from monoquant_core.quantized import format_for
     from monoquant_core.recipe import Recipe, load_recipe
 
     loaded = Recipe() if recipe is None else load_recipe(recipe)
@@ -74,7 +75,7 @@ def select(
 
 
 def _also(text: str, registry: Registry, typed: Typed, first: Mapping[str, Any]) -> Also:
-    from monoquant_core.api import format_for
+    from monoquant_core.quantized import format_for
 
     found = re.fullmatch(r"([^:=]+)(?::([^:=,]+=[^=,]*(?:,[^=,]+=[^=,]*)*))?=(.+)", text, re.DOTALL)
     if found is None:

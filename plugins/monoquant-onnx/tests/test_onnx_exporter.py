@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from onnx_kit import check_quantizing_nodes, cnn, cosine, encoder, normal, operators, run, save_model
+from onnx_kit import check_quantizing_nodes, cnn, cosine, encoder, normal, operators, run, save_model, session
 
 import monoquant_core as mq
 from monoquant_core.encoding import FULL, INT4, INT8, UINT8, Encoding
@@ -336,3 +336,31 @@ def test_the_command_plans_and_writes_the_same_sizes(text: Path, tmp_path: Path)
     assert planned == json.loads(done.stdout)["bytes"] == out.stat().st_size
     again = command("quantize", text, "-o", out, "--format", "onnx", "--scheme", "w8a8")
     assert (again.returncode, "already exists" in again.stderr) == (2, True)
+
+
+def test_weights_in_branches_and_weights_that_are_outputs(tmp_path: Path) -> None:
+    """Products within an If take what is dequantized outside of it; what the graph gives out is not quantized."""
+
+    def branch(name: str, weight: str) -> onnx.GraphProto:
+        out = helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, None)
+        return helper.make_graph([helper.make_node("MatMul", ["x", weight], [f"{name}_y"])], name, [], [out])
+
+    nodes = [
+        helper.make_node("If", ["c"], ["y"], then_branch=branch("then", "a"), else_branch=branch("else", "b")),
+        helper.make_node("MatMul", ["x", "o"], ["z"]),
+    ]
+    weights = {name: normal(64, 32, seed=i) for i, name in enumerate("abo")}
+    inputs = {"x": (TensorProto.FLOAT, ["n", 64]), "c": (TensorProto.BOOL, [])}
+    source = save_model(tmp_path / "m.onnx", nodes, weights, inputs, ["y", "z", "o"])
+    for scheme in ("int8", "w8a8"):
+        path = tmp_path / f"{scheme}.onnx"
+        with pytest.raises(UnsupportedEncodingError, match="o: the graph gives it out as it is"):
+            save(source, path, scheme)
+        save(source, path, scheme, keep=["o"])
+        for condition in (True, False):
+            feeds = {"x": normal(5, 64, seed=7, scale=1.0), "c": np.array(condition)}
+            exact, floats = (session(p, optimized=False).run(None, feeds) for p in (path, source))
+            for ours, theirs in zip(exact, floats, strict=True):
+                assert ours.dtype == np.float32
+                assert cosine(ours, theirs) > 0.999
+        assert_reads_back(source, path, scheme, keep=["o"])

@@ -116,6 +116,8 @@ class OnnxExporter:
             if out.dtype in NUMBER:
                 return Holds(out.dtype, None)
             return Refuses(f"ONNX has no type for {out.dtype}")
+        if self._roles.get(out.name, OTHER).what == "output":
+            return Refuses("the graph gives it out as it is", hint=f"--keep '{out.name}'")
         encoding = proposal.encoding
         layout = layout_of(out.shape, encoding)
         if isinstance(layout, str):

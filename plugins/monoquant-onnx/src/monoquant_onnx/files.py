@@ -43,21 +43,27 @@ def file_plans(rewritten: Rewritten, destination: str, plan_hash: str, *, limit:
 def checked(rewritten: Rewritten) -> onnx.ModelProto:
     """The model without the large initializers, valid as far as onnx can tell without their data.
 
-    :raises PlanError: for a graph that onnx refuses: a bug of ours.
+    :raises PlanError: for a graph that onnx refuses, unless it refuses the source's as well: a bug of ours.
     """
     model = rewritten.model
     model.ir_version = max(model.ir_version, ir_version(model.opset_imports.get("", 0)))
     whole, _ = without_data(model, set(rewritten.streamed))
-    try:
-        onnx.checker.check_model(whole, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
-        reason = " ".join(str(exc).split())[:300]
-        raise PlanError(f"the rewritten graph is not valid ONNX: {reason}") from exc
+    if (reason := _invalid(whole)) and not _invalid(without_data(rewritten.source, rewritten.data)[0]):
+        raise PlanError(f"the rewritten graph is not valid ONNX: {reason}")
     names = set(rewritten.streamed)
     kept = [value for value in whole.graph.input if value.name not in names]
     del whole.graph.input[:]
     whole.graph.input.extend(kept)
     return whole
+
+
+def _invalid(model: onnx.ModelProto) -> str:
+    """What onnx has against a model; "" if nothing."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
+        return " ".join(str(exc).split())[:300]
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,8 @@ class Rewritten:
 
     model: ir.Model
     streamed: dict[str, Streamed]  #: initializers whose data the core writes, in the order of the plan
+    source: ir.Model  #: as it was
+    data: set[str]  #: initializers of the source that are large
     missing: list[str] = field(default_factory=list)  #: values that stayed floats because their range is not known
 
 
@@ -93,7 +95,7 @@ def rewrite(
             _place(edit, item.held.layout, weight, uses, quantized)
     for name, uses in biases:
         _place_bias(edit, arrays[name, ""], arrays[f"{name}_scale", ""], uses)
-    return Rewritten(edit.model, edit.streamed, sorted(set(pairs.missing)))
+    return Rewritten(edit.model, edit.streamed, graph.model, set(graph.data), sorted(set(pairs.missing)))
 
 
 def _place(

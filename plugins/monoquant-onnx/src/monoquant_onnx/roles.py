@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from monoquant_onnx.graph import OnnxGraph
 
-What = Literal["gather", "matmul", "gemm", "conv", "other"]
+What = Literal["gather", "matmul", "gemm", "conv", "output", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,8 @@ OTHER = Role("other")
 def role_of(graph: OnnxGraph, initializer: str) -> Role:
     """The role of an initializer."""
     main = graph.model.graph
+    if graph.model.graph.initializers[initializer].is_graph_output():
+        return Role("output")
     found = {_role(node, index) if node.graph is main else OTHER for node, index in graph.uses(initializer)}
     if len(found) == 1:
         return found.pop()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import monoquant_onnx.fold
-import monoquant_onnx.graph
+import monoquant_onnx.parsing
 import monoquant_onnx.recognise  # noqa: F401 - memory is measured without imports
 import numpy as np
 import onnx

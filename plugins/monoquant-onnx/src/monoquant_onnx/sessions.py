@@ -13,7 +13,8 @@ import torch
 from monoquant_core.containers.entries import shown
 from monoquant_core.errors import ExecutionError
 from monoquant_core.runners import Batch, Input, Observe
-from monoquant_onnx.graph import OnnxGraph, parse
+from monoquant_onnx.graph import OnnxGraph
+from monoquant_onnx.parsing import parse
 from monoquant_onnx.runner import as_input, as_mapping, graph_inputs
 from monoquant_onnx.sameness import distance
 from monoquant_onnx.wire import read_structure

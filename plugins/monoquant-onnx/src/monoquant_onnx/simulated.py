@@ -20,8 +20,9 @@ from monoquant_core.containers.entries import shown, tensor_at
 from monoquant_core.errors import ExecutionError
 from monoquant_onnx import types
 from monoquant_onnx.data import Data, QuantizedData, stored_bytes, whole
-from monoquant_onnx.graph import OnnxGraph, array_tensor, parse, values
+from monoquant_onnx.graph import OnnxGraph, array_tensor, values
 from monoquant_onnx.opsets import raised
+from monoquant_onnx.parsing import parse
 from monoquant_onnx.wire import read_structure
 
 if TYPE_CHECKING:

@@ -46,7 +46,7 @@ def open_onnx(path: Path) -> OnnxSource:
     structure = read_structure(path)
     try:
         from monoquant_onnx.fold import fold_batch_norms
-        from monoquant_onnx.graph import parse
+        from monoquant_onnx.parsing import parse
         from monoquant_onnx.recognise import recognise
 
         graph = parse(structure, path)

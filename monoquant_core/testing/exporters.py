@@ -19,7 +19,7 @@ from monoquant_core.exporters import Drop, Exporter, Held, Holds, Output, Refuse
 from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.planner import make_plan
 from monoquant_core.planning import Plan
-from monoquant_core.plugins import Registry
+from monoquant_core.plugins import Registry, load_registry
 from monoquant_core.recipe import Recipe
 from monoquant_core.rows import all_rows, chunks, quantum, row_count, row_length
 from monoquant_core.schemes import Proposal
@@ -94,7 +94,7 @@ class ExporterConformance:
         """The file's tensors as floats, by the file's names; by default as monoquant itself reads them."""
         from monoquant_core.sources import open_source
 
-        source = open_source(path)
+        source = open_source(path, load_registry())
         try:
             read = {s.name: source.read(s.name, all_rows(s.shape)) for s in source.specs()}
             return {n: t.dequantize() if isinstance(t, QuantizedTensor) else t.clone() for n, t in read.items()}

@@ -18,7 +18,18 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from onnx_kit import check_quantizing_nodes, cnn, cosine, encoder, normal, operators, run, save_model, session
+from onnx_kit import (
+    calibrated,
+    check_quantizing_nodes,
+    cnn,
+    cosine,
+    encoder,
+    normal,
+    operators,
+    run,
+    save_model,
+    session,
+)
 
 import monoquant_core as mq
 from monoquant_core.encoding import FULL, INT4, INT8, UINT8, Encoding
@@ -214,6 +225,8 @@ def test_graphs_of_half_floats_compute_in_them(tmp_path: Path) -> None:
     report = save(source, path, "w8a8")
     assert any("left out" in note for note in report.notes), "DynamicQuantizeLinear takes float32 only"
     feeds = {"x": normal(4, 64, seed=3, scale=1.0).astype(np.float16)}
+    report = save(source, path, "w8a8", stats=calibrated(source, [feeds]), force=True)
+    assert any("left out" in note for note in report.notes), "so do integer products"
     assert run(path, feeds).dtype == np.float16
     assert cosine(run(path, feeds), run(source, feeds)) > 0.999
     assert_reads_back(source, path, "int8")

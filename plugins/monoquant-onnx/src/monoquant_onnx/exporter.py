@@ -222,7 +222,7 @@ class OnnxExporter:
         if activation.dynamic:
             reason = dynamic_reason(role, out.shape, encoding, out.dtype)
             return Refuses(reason, plain) if reason else Holds(DYNAMIC, encoding)
-        reason = static_reason(role, out.shape, encoding)
+        reason = static_reason(role, out.shape, encoding, out.dtype)
         if reason:
             return Refuses(reason, plain)
         spec = self._specs.get(out.name)

@@ -53,10 +53,12 @@ def dynamic_reason(role: Role, shape: Shape, encoding: Encoding, dtype: str) -> 
     return _integer_reason(role, shape, encoding)
 
 
-def static_reason(role: Role, shape: Shape, encoding: Encoding) -> str:
+def static_reason(role: Role, shape: Shape, encoding: Encoding, dtype: str) -> str:
     """Why a layer is not computed on quantized inputs; "" where nothing speaks against it."""
     if role.what not in ("matmul", "gemm", "conv"):
         return "only convolutions and matrix products are computed in integers"
+    if dtype != "float32":
+        return f"integer products have float32 around them, and this is {dtype}"
     return _integer_reason(role, shape, encoding)
 
 

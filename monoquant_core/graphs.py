@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +142,24 @@ def made_up_batch(runnable: Runnable, samples: int, seed: int = 0) -> dict[str, 
 
 def _pretrained(source: Source) -> torch.nn.Module:
     """A model of the transformers library, by the class that its config.json names. No code of the folder is run."""
+    with _quietly():
+        return _from_folder(source)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Libraries that transformers imports warn of what concerns nobody here."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _from_folder(source: Source) -> torch.nn.Module:
     folder, config = source.info.name, source.info.config or {}
     try:
         import transformers
@@ -154,9 +176,9 @@ def _pretrained(source: Source) -> torch.nn.Module:
             f"{folder}: config.json names {name!r}, which transformers {transformers.__version__} does not have",
             hint="name your own class: pkg.mod:factory with --weights",
         )
-    logging: Any = transformers.utils.logging
-    shows = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    bars: Any = transformers.utils.logging
+    shows = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     pretrained: Any = kind
     try:
         model, loaded = pretrained.from_pretrained(
@@ -167,7 +189,7 @@ def _pretrained(source: Source) -> torch.nn.Module:
         raise SourceError(f"{folder}: transformers does not load it: {reason}") from exc
     finally:
         if shows:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(n if isinstance(n, str) else n[0] for n in loaded.get(what, ()))
         names = [n for n in names if not _COMPUTED.search(n)]

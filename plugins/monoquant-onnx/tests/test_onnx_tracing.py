@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from monoquant_onnx import tracing
@@ -20,7 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from monoquant_core import rows as r
-from monoquant_core.errors import CalibrationError, MonoquantError, SourceError
+from monoquant_core.api import QuantizedModel, installed
+from monoquant_core.errors import CalibrationError, MonoquantError, PlanError, SourceError
 from monoquant_core.sources import StateDictSource, open_source
 
 
@@ -272,6 +274,26 @@ def test_values_are_the_models_own_transposed_where_the_kind_says_so(case: str) 
             assert any("BatchNorm" in n for n in source.info.notes)
             continue
         assert torch.equal(value, original), spec.name
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "int8"])
+@pytest.mark.parametrize("case", ZOO)
+def test_quantized_it_gives_nearly_the_same(case: str, scheme: str, tmp_path: Path) -> None:
+    module, source = traced(case)
+    model = QuantizedModel(source, installed(), scheme)
+    if "*" in ZOO[case].kinds:
+        with pytest.raises(PlanError, match="nothing would be quantized: 2 x LSTM or GRU"):
+            model.save(tmp_path / "q.onnx", "onnx")
+        return
+    model.save(tmp_path / "q.onnx", "onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "q.onnx"))
+    example = ZOO[case].example
+    x = torch.cat([next(iter(example.values())) if isinstance(example, dict) else example] * 2)
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    with torch.no_grad():
+        expected = module(x)
+    expected = expected["hidden"] if isinstance(expected, dict) else expected
+    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.999
 
 
 def test_a_batch_norm_is_folded_into_the_weights_before_it() -> None:

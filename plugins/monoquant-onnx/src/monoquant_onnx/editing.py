@@ -38,7 +38,7 @@ class Editor:
         self.graph = self.model.graph
         self.streamed: dict[str, Streamed] = {}
         self.values = {value.name: value for value in _values(self.graph) if value.name}
-        self._start: ir.Node | None = next(iter(self.graph), None)
+        self._last_of_start: ir.Node | None = None
 
     def free_name(self, wanted: str) -> str:
         """A name that no value has."""
@@ -92,10 +92,14 @@ class Editor:
 
     def at_start(self, *nodes: ir.Node) -> None:
         """Put nodes before all others: those that take initializers only."""
-        if self._start is None:
-            self.graph.extend(nodes)
+        first = next(iter(self.graph), None)
+        if self._last_of_start is not None:
+            self.graph.insert_after(self._last_of_start, nodes)
+        elif first is not None:
+            self.graph.insert_before(first, nodes)
         else:
-            self.graph.insert_before(self._start, nodes)
+            self.graph.extend(nodes)
+        self._last_of_start = nodes[-1]
 
     def after(self, value: ir.Value, *nodes: ir.Node) -> None:
         """Put nodes behind the one that makes a value, or at the start."""

@@ -392,6 +392,24 @@ def test_a_graph_that_computes_something_else_is_an_error(monkeypatch: pytest.Mo
     assert "\n" not in str(caught.value)
 
 
+class Through(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, unused: torch.Tensor, flag: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, self.lin(x)
+
+
+def test_inputs_have_the_names_of_arguments() -> None:
+    source = tracing.trace(open_source(Through()), {"x": torch.randn(2, 4), "unused": torch.randn(2, 3), "flag": True})
+    assert [i.name for i in source.graph.inputs] == ["x", "unused"]
+    x = torch.randn(5, 4)
+    with source.graph.runner(()) as runner:
+        first, _ = runner.run({"x": x, "unused": torch.zeros(5, 3)}).values()
+    assert torch.equal(first, x)
+
+
 def test_half_precision_becomes_float32_and_is_said() -> None:
     module = nn.Sequential(nn.Linear(8, 8)).to(torch.bfloat16)
     source = tracing.trace(open_source(module), torch.randn(2, 3, 8))

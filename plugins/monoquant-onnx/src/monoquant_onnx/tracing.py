@@ -75,6 +75,7 @@ def _graph_source(
     name = source.info.name
     model = _translate(program, name)
     graph = OnnxGraph(model, in_memory(model.graph.initializers.values()), name)
+    _name_inputs(graph, program)
     name_dims(graph, reference)
     _name_outputs(graph, reference)
     einsums_to_matmuls(graph)
@@ -196,6 +197,19 @@ def _translate(program: torch.export.ExportedProgram, name: str) -> ir.Model:
     if model.opset_imports.get("", 0) < OPSET:
         raise SourceError(f"{name}: torch.onnx made opset {model.opset_imports.get('', 0)}; {OPSET} is needed")
     return model
+
+
+def _name_inputs(graph: OnnxGraph, program: torch.export.ExportedProgram) -> None:
+    """Inputs have the names of arguments, also those that are given out again: ``x_orig`` and ``x`` of the exporter."""
+    given = program.graph_signature.user_inputs
+    for value in graph.model.graph.inputs:
+        name = (value.name or "").removesuffix("_orig")
+        if name == value.name or name not in given:
+            continue
+        same = next((v for node in graph.model.graph for v in node.outputs if v.name == name), None)
+        if same is not None:
+            same.name = graph.free_name(f"{name}_output")
+        value.name = name
 
 
 def _name_outputs(graph: OnnxGraph, reference: Reference) -> None:

@@ -248,6 +248,30 @@ def test_onnxruntime_is_asked_for_its_providers(monkeypatch: pytest.MonkeyPatch)
     assert result.facts["providers"] == onnxruntime.get_available_providers()
 
 
+@pytest.mark.parametrize(
+    ("text", "speed", "said", "narrow"),
+    [
+        (HASWELL, "fast", "avx2", True),
+        ("flags\t\t: avx2 avx512f avx512_vnni", "fast", "avx512_vnni", False),
+        (GRAVITON3, "fast", "i8mm", False),
+        ("flags\t\t: sse2 avx", "slow", "integer products", True),
+    ],
+)
+def test_what_onnxruntime_makes_of_each_mode(text: str, speed: str, said: str, narrow: bool) -> None:
+    found = runtimes.onnx_findings(["CPU"], instructions.named(instructions.cpuinfo_flags(text)))
+    assert found["scheme:w8a8"].speed == found["format:onnx"].speed == speed
+    assert said in found["scheme:w8a8"].reason
+    assert ("7 bits" in found["scheme:w8a8"].reason) is narrow
+    assert "MatMulNBits" in found["scheme:int4"].reason
+    assert found["scheme:int8"].speed == "slow"
+
+
+def test_onnxruntime_with_an_accelerator_is_judged_by_it() -> None:
+    found = runtimes.onnx_findings(["CUDA", "CPU"], ())
+    assert found["format:onnx"] == Finding("fast", "kernels of CUDA")
+    assert not [key for key in found if key.startswith("scheme:")]
+
+
 def test_a_runtime_that_does_not_import_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "onnxruntime.py").write_text("raise OSError('libonnxruntime.so: cannot open shared object file')")
     monkeypatch.syspath_prepend(str(tmp_path))

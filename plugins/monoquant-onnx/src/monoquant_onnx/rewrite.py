@@ -57,7 +57,7 @@ def rewrite(
     biases: list[tuple[str, list[tuple[ir.Node, int]]]] = []
     for item in placed:
         out, encoding = item.output, item.held.encoding
-        initializer = edit.graph.initializers.get(arrays[out.name, ""])
+        initializer = edit.graph.initializers.get(arrays.get((out.name, ""), out.name))
         uses = [(use.node, use.idx) for use in initializer.uses()] if initializer is not None else []
         dtype = initializer.dtype if initializer is not None and initializer.dtype is not None else FLOAT
         if encoding is None:
@@ -94,7 +94,7 @@ def rewrite(
             weight, uses = weights[item.output.name]
             _place(edit, item.held.layout, weight, uses, quantized)
     for name, uses in biases:
-        _place_bias(edit, arrays[name, ""], arrays[f"{name}_scale", ""], uses)
+        _place_bias(edit, arrays[name, ""], arrays[name, "_scale"], uses)
     return Rewritten(edit.model, edit.streamed, graph.model, set(graph.data), sorted(set(pairs.missing)))
 
 

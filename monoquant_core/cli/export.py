@@ -11,9 +11,6 @@ from monoquant_core.cli.selection import named_scheme
 from monoquant_core.errors import OptionError
 from monoquant_core.plugins import Registry
 
-ExportFormat = Annotated[
-    str, typer.Option("--format", metavar="NAME", help="File format; see 'formats list'.", show_default=False)
-]
 Requantize = Annotated[
     str,
     typer.Option("--scheme", metavar="NAME", help="Scheme for --on-unsupported requantize.", show_default=False),
@@ -36,9 +33,9 @@ def register(app: typer.Typer, registry: Registry) -> None:
     @with_options(roles(registry, "scheme", "format"))
     def export(
         src: flags.Src,
-        format: ExportFormat,
         typed: Typed,
         output: flags.Output = None,
+        format: flags.Format = "",
         on_unsupported: flags.OnUnsupported = flags.UnsupportedChoice.error,
         scheme: Requantize = "",
         param: flags.Param = None,
@@ -60,7 +57,7 @@ def register(app: typer.Typer, registry: Registry) -> None:
         Nothing is quantized again unless --on-unsupported asks for it.
         """
         from monoquant_core import api
-        from monoquant_core.quantized import QuantizedModel
+        from monoquant_core.quantized import QuantizedModel, format_for
 
         if output is None and not dry_run:
             raise flags.missing_output()
@@ -69,6 +66,7 @@ def register(app: typer.Typer, registry: Registry) -> None:
                 f"export does not quantize, and --scheme {scheme} would",
                 hint="use quantize, or --on-unsupported requantize for a finished file",
             )
+        format = format or format_for(output or "", registry)
         options = typed.options(scheme=named_scheme(registry, scheme), format=registry.exporter(format))
         saving: dict[str, Any] = {
             "format": format,

@@ -12,7 +12,7 @@ class Agreement:
     """How one output of the finished file agrees with the same output of something else."""
 
     output: str
-    against: str  #: "IR"; "original"; "unoptimized": the same runtime without its optimizations
+    against: str  #: "IR"; "original"; "unoptimized": without the runtime's optimizations; "unoptimized, alone"
     samples: int
     cosine: float  #: mean over the samples
     worst_cosine: float

@@ -18,6 +18,8 @@ class Runtime(Protocol):
     A runtime that rewrites what it loads has more: ``open_exact(path) -> Runner`` runs the file as it stands, and is
     what the IR is compared with; ``optimized_bound`` is the largest relative error that the rewriting may cost;
     ``diverging(path, batch, bound) -> str`` names the first value that differs by more between the two.
+    ``alone(path, batches) -> Sequence[Agreement]`` compares the two stretch by stretch, in the order of the graph, each
+    with the same inputs; where it gives any, they are judged and not the end.
     """
 
     def recognises(self, path: Path) -> bool:

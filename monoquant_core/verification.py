@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,8 @@ from monoquant_core.tensor import QuantizedTensor
 
 MAX_DEGRADATION = 0.02  #: of a measured quality, beyond which a warning is due
 IR = "IR"  #: an agreement with the dequantized values
+UNOPTIMIZED = "unoptimized"  #: an agreement with the same runtime without its optimizations
+ALONE = "unoptimized, alone"  #: the same of one stretch of the graph, with the same inputs: the worst of all stretches
 LABELS = "labels"  #: name of the classes of the samples among the data
 
 
@@ -58,13 +60,9 @@ def verify_with(
     agreements = [*_agreements(_run(expected, batches), exact, IR, bound)]
     notes = list(expected.notes)
     if exact is not found:
-        allowed: float | None = getattr(runtime, "optimized_bound", None)
-        changed = [*_agreements(exact, found, "unoptimized", allowed)]
+        changed, note = _optimizations(subject, batches, exact, found)
         agreements += changed
-        if allowed is not None and not all(agreement.passed for agreement in changed):
-            inputs = {k: v for k, v in batches[0].items() if k != LABELS}
-            first = runtime.diverging(path, inputs, allowed)  # type: ignore[attr-defined]  # comes with open_exact
-            notes += [f"the first value that the optimizations of {name} change by more is {first}"] if first else []
+        notes += [note] if note else []
     from_original = _run(runtime.reference(original, None), batches)
     agreements += _agreements(from_original, found, "original", None)
     if not agreements:
@@ -76,6 +74,26 @@ def verify_with(
     samples = sum(len(next(iter(batch.values()))) for batch in batches)
     every = (*notes, *_notes(qualities))
     return Verification(path, name, samples, scored, tuple(agreements), tuple(qualities), every)
+
+
+def _optimizations(
+    subject: Subject,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    exact: Mapping[str, list[torch.Tensor]],
+    found: Mapping[str, list[torch.Tensor]],
+) -> tuple[list[Agreement], str]:
+    """What a runtime's optimizations change; and which value first, where it is more than they may."""
+    path, _, name, runtime = subject
+    extra: Any = runtime  # what a runtime has that opens a file in two ways
+    allowed: float | None = getattr(runtime, "optimized_bound", None)
+    given = [{k: v for k, v in batch.items() if k != LABELS} for batch in batches]
+    alone: Sequence[Agreement] = extra.alone(path, given) if hasattr(runtime, "alone") else ()
+    changed = [*_agreements(exact, found, UNOPTIMIZED, None if alone else allowed)]
+    changed += [max(alone, key=lambda a: (a.relative_error != a.relative_error, a.relative_error))] if alone else []
+    if all(agreement.passed for agreement in changed):
+        return changed, ""
+    first = next((a.output for a in alone if not a.passed), "") or extra.diverging(path, given[0], allowed)
+    return changed, f"the first value that the optimizations of {name} change by more is {first}" if first else ""
 
 
 def named(batch: Batch, inputs: Sequence[Input]) -> dict[str, torch.Tensor]:
@@ -132,7 +150,7 @@ def compare(
 
     Positions (axis 1) that only one side has are left out: a runtime may give the last ones alone.
     """
-    total = _Sums(output in (LOGITS, LOG_PROBABILITIES))
+    total = Sums(output in (LOGITS, LOG_PROBABILITIES))
     for reference, value in zip(expected, found, strict=True):
         total.add(*_common(reference, value))
     return total.agreement(output, against, bound)
@@ -162,16 +180,20 @@ def accuracy(outputs: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) ->
     return (right / count if count else math.nan), count
 
 
-class _Sums:
-    """Running sums of one output."""
+class Sums:
+    """Running sums of one output, over batches.
 
-    def __init__(self, logits: bool) -> None:
+    :param logits: whether its largest entries are counted.
+    """
+
+    def __init__(self, logits: bool = False) -> None:
         self.logits = logits
         self.cosines: list[torch.Tensor] = []
         self.noise = self.signal = self.max_error = 0.0
         self.same = self.positions = 0
 
     def add(self, reference: torch.Tensor, value: torch.Tensor) -> None:
+        """Take a batch in, samples along the first axis."""
         a, b = (t.detach().double().reshape(max(1, len(t)), -1) for t in (reference, value))
         self.cosines.append(_cosine(a, b))
         difference = b - a
@@ -183,6 +205,7 @@ class _Sums:
             self.positions += reference[..., 0].numel()
 
     def agreement(self, output: str, against: str, bound: float | None) -> Agreement:
+        """What they say about the output of that name."""
         cosines = torch.cat(self.cosines) if self.cosines else torch.ones(1)
         relative = math.sqrt(self.noise / self.signal) if self.signal else (0.0 if self.noise == 0 else math.inf)
         same = self.same / self.positions if self.positions else None

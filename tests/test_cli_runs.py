@@ -284,6 +284,8 @@ def test_a_signal_in_the_middle_leaves_no_output(tmp_path: Path, number: int, st
 
 
 def test_export_takes_the_format_from_the_suffix(folder: Path, run: Run, finished: object) -> None:
-    done = run("export", folder / "int8", "-o", folder / "small.gguf", "--architecture", "generic", "--tokenizer", "none")
+    done = run(
+        "export", folder / "int8", "-o", folder / "small.gguf", "--architecture", "generic", "--tokenizer", "none"
+    )
     assert done.returncode == 0, done.stderr
     assert (folder / "small.gguf").read_bytes()[:4] == b"GGUF"

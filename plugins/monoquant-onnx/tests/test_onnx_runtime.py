@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from monoquant_onnx import runtime
+from monoquant_onnx import runtime, stretches
 from onnx_kit import calibrated, cnn, encoder, normal, save_model
 
 import monoquant_core as mq
@@ -76,7 +76,10 @@ def test_an_encoder_computes_what_the_file_holds(
 ) -> None:
     found = mq.verify(saved(text, tmp_path / "q.onnx", scheme, options), text, IDS)
     assert found.runtime == "onnxruntime"
-    assert [a.against for a in found.agreements] == ["IR", "unoptimized", "original"]
+    rounds = ["unoptimized, alone"] if scheme == "w8a8" else []
+    assert [a.against for a in found.agreements] == ["IR", "unoptimized", *rounds, "original"]
+    judged = [a.against for a in found.agreements if a.bound is not None]
+    assert judged == ["IR", *(rounds or ["unoptimized"])]
     assert rows(found, "IR")[0] < 1e-5
     assert rows(found, "original")[0] > 1e-3
     assert found.passed, found
@@ -92,6 +95,7 @@ def test_calibrated_ranges_round_where_the_file_rounds(
     assert "QuantizeLinear" in {node.op_type for node in onnx.load(path).graph.node}
     found = mq.verify(path, source, data)
     assert rows(found, "IR")[0] < 1e-5
+    assert rows(found, "unoptimized, alone")[0] < 2e-3
     assert found.passed, found
 
 
@@ -154,7 +158,7 @@ def test_a_file_with_the_wrong_wiring_is_out_of_tolerance(text: Path, tmp_path: 
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
     assert found["agreements"][0]["relative_error"] > 0.01
-    assert found["agreements"][1]["passed"]  # with and without optimizations it is wrong in the same way
+    assert found["agreements"][1]["passed"]  # "unoptimized": with and without optimizations it is wrong in the same way
 
 
 def test_the_first_value_that_differs_is_named_where_inputs_are_rounded(text: Path, tmp_path: Path) -> None:
@@ -188,12 +192,34 @@ def test_a_scale_that_was_changed_is_refused(text: Path, tmp_path: Path) -> None
 def test_what_optimizations_change_is_named(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime's products with 4-bit weights round their inputs, which no bound of 1e-6 allows."""
     path = saved(text, tmp_path / "q.onnx", "int4", {"group_size": 32})
-    monkeypatch.setattr(runtime, "OPTIMIZED", 1e-6)
+    monkeypatch.setattr(runtime.OnnxRuntime, "optimized_bound", 1e-6)
     found = mq.verify(path, text, IDS)
     assert not found.passed
     assert [a.passed for a in found.agreements] == [True, False, True]
     assert found.notes[0].endswith("(MatMul)")
     assert any(f"'{name}'" in found.notes[0] for name in ("query", "key", "value"))
+
+
+def test_the_first_stretch_that_kernels_compute_differently_is_named(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an overflow would be: the second convolution has other codes when onnxruntime optimizes."""
+    path = saved(images, tmp_path / "q.onnx", "w8a8", stats=calibrated(images, RANGES[1]))
+    cut = stretches._cut
+
+    def overflowing(*given: Any) -> bytes:
+        model = onnx.load_from_string(cut(*given))
+        tensor = next(t for t in model.graph.initializer if t.name == "a.weight")
+        codes = numpy_helper.to_array(tensor)
+        tensor.CopyFrom(numpy_helper.from_array(np.minimum(codes, 31), tensor.name))
+        return bytes(model.SerializeToString())
+
+    monkeypatch.setattr(stretches, "_cut", overflowing)
+    found = mq.verify(path, images, IMAGES)
+    assert not found.passed
+    assert [a.against for a in found.agreements if not a.passed] == ["unoptimized, alone"]
+    assert "a_relu_quantized" in found.notes[0]
+    assert "(Conv)" in found.notes[0]
 
 
 def test_products_that_overflow_are_found(tmp_path: Path) -> None:

@@ -44,7 +44,6 @@ class FileRunner:
         given = {i.name for i in self.inputs}
         more = [name for name in dict.fromkeys(also) if name not in own and name not in given]
         self.outputs = [*own, *more]
-        self.rounds_at_run_time = any(node.op_type == "DynamicQuantizeLinear" for node in graph.model.graph)
         model = with_outputs(path, self.outputs) if more else str(path)
         self._session: Any = open_session(model, path, optimized=optimized)
 
@@ -171,7 +170,7 @@ def diverging(path: Path, batch: Batch, bound: float) -> str:
             last = middle
         else:
             first = middle + 1
-    return _described(candidates[first]) if first < len(candidates) else ""
+    return described(candidates[first]) if first < len(candidates) else ""
 
 
 def _is_activation(graph: OnnxGraph, value: ir.Value) -> bool:
@@ -194,7 +193,8 @@ def _depends_on_inputs(value: ir.Value, seen: set[ir.Value]) -> bool:
     return False
 
 
-def _described(value: ir.Value) -> str:
+def described(value: ir.Value) -> str:
+    """A value, and the node that computes it."""
     node = value.producer()
     while node is not None and node.op_type in _ROUNDING:
         before = node.inputs[0].producer() if node.inputs[0] is not None else None

@@ -70,6 +70,30 @@ def test_a_static_resnet_keeps_its_accuracy(cifar: Images, resnet: Path, tmp_pat
     assert path.stat().st_size < 0.3 * resnet.stat().st_size
 
 
+def test_bad_calibration_data_are_warned_of_and_cost_accuracy(cifar: Images, resnet: Path, tmp_path: Path) -> None:
+    """Noise in place of images, four images, and enough images: what is said, and what each is worth."""
+    module, data = cifar
+    images, good = (module.preprocess(torch.from_numpy(data[key])) for key in ("test_x", "calib_x"))
+    noise = torch.randn(256, 3, 32, 32, generator=torch.Generator().manual_seed(0)) / 20
+    floats = scores(resnet, images.numpy())
+    said, error, right = {}, {}, {}
+    for name, samples in {"noise": noise, "few": good[:4], "good": good[:256]}.items():
+        stats = mq.calibrate(resnet, samples.split(32))
+        said[name] = {finding.kind for finding in stats.findings}
+        with mq.quantize(resnet, scheme="w8a8", stats=stats) as model:
+            model.save(tmp_path / f"{name}.onnx", "onnx")
+        found = scores(tmp_path / f"{name}.onnx", images.numpy())
+        error[name] = float(np.square(found - floats).mean())
+        right[name] = float((found.argmax(1) == data["test_y"]).mean())
+    assert "alike" in said["noise"]
+    assert "few" in said["few"]
+    assert not said["good"] & {"alike", "few"}
+    assert right["good"] >= 0.80
+    assert right["noise"] < right["good"] - 0.05
+    assert error["few"] > 1.3 * error["good"]
+    assert error["noise"] > 10 * error["good"]
+
+
 @pytest.fixture(scope="module")
 def encoder(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The float32 graph of all-MiniLM-L6-v2."""

@@ -128,6 +128,47 @@ def test_a_modules_outputs_are_those_of_its_graph_in_order(tmp_path: Path) -> No
     assert (quality.metric, quality.count, quality.before) == ("accuracy", 4, 1.0)
 
 
+class Tied(torch.nn.Module):
+    """The rows of an embedding, dequantized after they were looked up, go into a product as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first = torch.nn.Embedding(300, 64), torch.nn.Linear(64, 64)
+        self.out = torch.nn.Linear(64, 300, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.out(torch.tanh(self.first(self.embed(ids))))
+        return hidden
+
+
+class Up(torch.nn.Module):
+    """A convolution whose result is an output, behind a concatenation and a resize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.mid = torch.nn.Conv2d(3, 16, 3, 2, 1), torch.nn.Conv2d(16, 16, 3, padding=1)
+        self.last = torch.nn.Conv2d(19, 8, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        low = self.mid(torch.relu(self.down(images)))
+        high = torch.nn.functional.interpolate(low, scale_factor=2.0)
+        result: torch.Tensor = self.last(torch.cat([images, high], 1))
+        return result
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("kind", [Tied, Up])
+def test_values_that_the_file_calls_otherwise(kind: type[torch.nn.Module], static: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = kind().eval()
+    batch = torch.arange(24).reshape(3, 8) if kind is Tied else torch.randn(4, 3, 8, 8)
+    stats = mq.calibrate(net, [batch, batch.flip(0)], format="onnx") if static else None
+    found = mq.verify(saved(net, tmp_path / "q.onnx", "w8a8", stats=stats, example=batch), net, [batch])
+    assert rows(found, "IR")[0] < 1e-5
+    assert found.passed, found
+
+
 def test_data_beside_the_file(text: Path, tmp_path: Path) -> None:
     path = saved(text, tmp_path / "q.onnx", "w8a8", format_options={"max_inline": 0})
     (data,) = tmp_path.glob("*.data")

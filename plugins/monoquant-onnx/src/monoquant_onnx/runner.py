@@ -15,7 +15,8 @@ from monoquant_core.containers.entries import shown
 from monoquant_core.errors import CalibrationError, DeviceError
 from monoquant_core.runners import Batch, Input, Observe
 from monoquant_onnx import types
-from monoquant_onnx.data import raw_chunks
+from monoquant_onnx.data import raw_chunks, stored_bytes, whole
+from monoquant_onnx.graph import STRUCTURE, array_tensor
 from monoquant_onnx.layers import points_of
 
 if TYPE_CHECKING:
@@ -151,12 +152,19 @@ def as_mapping(batch: Batch, inputs: Sequence[Input], name: str) -> dict[str, to
 
 
 def write_copy(graph: OnnxGraph, path: Path, extra_outputs: Sequence[str] = ()) -> None:
-    """Write a graph as it is, its weights beside it in ``weights.bin``, with more of its values as outputs."""
+    """Write a graph as it is, its weights beside it in ``weights.bin``, with more of its values as outputs.
+
+    Small ones are in the file: onnxruntime infers shapes from some, such as the factors of a Resize, and reads no
+    external data for that.
+    """
     model = graph.model.clone()
     with (path.parent / "weights.bin").open("wb") as file:
         for name, data in graph.data.items():
             value = model.graph.initializers[name]
             assert value.dtype is not None
+            if stored_bytes(data) <= STRUCTURE:
+                value.const_value = array_tensor(whole(data), value.dtype, name)
+                continue
             file.write(bytes(-file.tell() % _ALIGNMENT))
             offset = file.tell()
             for piece in raw_chunks(data):

@@ -166,8 +166,9 @@ class _Rounding:
 
     def at_run_time(self, node: ir.Node, weights: set[str]) -> None:
         """As a DynamicQuantizeLinear of the file does, for the products with these weights."""
-        value, before = self._value(node.inputs[0].name if node.inputs[0] is not None else None), node.inputs[0]
+        before = node.inputs[0]
         assert before is not None
+        value = self._value(_original_name(before))
         made: list[ir.Node] = []
         if not self._given:
             codes = ir.node("DynamicQuantizeLinear", [value], num_outputs=3)
@@ -183,7 +184,7 @@ class _Rounding:
         """As a pair of QuantizeLinear and DequantizeLinear of the file does."""
         before, end = codes.inputs[0], floats.outputs[0]
         assert before is not None
-        name = end.name if end.is_graph_output() else before.name
+        name = end.name if end.is_graph_output() else _original_name(before)
         value = self._value(name)
         made: list[ir.Node] = []
         if not self._given:
@@ -194,7 +195,7 @@ class _Rounding:
                 inputs = [made[-1].outputs[0]]
         result = self._rounded(value, before.name or "", (end.name or "",), made)
         for use in end.uses():
-            maker = self._makers.get(use.node.outputs[0].name)
+            maker = self._makers.get(_name_of_result(use.node))
             if use.node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear"):
                 continue  # rounds again, under the name of what this pair gives
             if maker is None or maker.inputs[use.idx] is not value:
@@ -205,11 +206,21 @@ class _Rounding:
             maker.replace_input_with(use.idx, result)
         self._known[end.name] = result
         if end.is_graph_output():
-            for index, output in enumerate(self._main.outputs):
-                if output is value and not self._given:
-                    self._main.outputs[index] = result
-                    result.type, result.shape = value.type, value.shape
-                    value.name, result.name = f"{name}:before", name
+            self._put_out(value, result, name)
+
+    def _put_out(self, value: ir.Value, result: ir.Value, name: str | None) -> None:
+        """Make what comes of an output the output."""
+        index = next((i for i, output in enumerate(self._main.outputs) if output is value), None)
+        if index is None:
+            return
+        if self._given:  # both are outputs: what comes of the value, and the value
+            copy = ir.node("Identity", [result])
+            self._main.append(copy)
+            self._main.outputs.append(value)
+            result = copy.outputs[0]
+        result.type, result.shape = value.type, value.shape
+        value.name, result.name = f"{name}:before", name
+        self._main.outputs[index] = result
 
     def _value(self, name: str | None) -> ir.Value:
         found = self._known.get(name)
@@ -246,6 +257,28 @@ class _Rounding:
         made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(data.shape), const_value=tensor)
         self._main.register_initializer(made)
         return made
+
+
+def _name_of_result(node: ir.Node) -> str | None:
+    """What the original calls the result of a node: an output that is rounded has its name behind the rounding."""
+    for use in node.outputs[0].uses():
+        if use.node.op_type == "QuantizeLinear":
+            ends = [after.node.outputs[0] for after in use.node.outputs[0].uses()]
+            if (end := next((end for end in ends if end.is_graph_output()), None)) is not None:
+                return end.name
+    return node.outputs[0].name
+
+
+def _original_name(value: ir.Value) -> str | None:
+    """What the original calls a value: rows that are dequantized after a Gather have the Gather's name there."""
+    node = value.producer()
+    if node is not None and node.op_type == "Cast" and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    if node is not None and node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
+        rows = node.inputs[0].producer()
+        if rows is not None and rows.op_type == "Gather":
+            return rows.outputs[0].name
+    return value.name
 
 
 def _quantized_value(graph: OnnxGraph, node: ir.Node) -> ir.Node | None:

@@ -15,16 +15,17 @@ class Gate:
     bound: float
     sense: Literal["at least", "at most"]
     unit: str  #: written after the number: "x", " s"
-    best: float | None  #: what is judged; None where it could not be measured
-    median: float | None = None
+    best: float | None  #: None where it could not be measured
+    median: float | None = None  #: what is judged, where a figure has several runs
     reason: str = ""  #: why it could not be measured
 
     @property
     def passed(self) -> bool | None:
         """Whether the figure keeps the bound; None where there is no figure."""
-        if self.best is None:
+        judged = self.best if self.median is None else self.median
+        if judged is None:
             return None
-        return self.best >= self.bound if self.sense == "at least" else self.best <= self.bound
+        return judged >= self.bound if self.sense == "at least" else judged <= self.bound
 
     def row(self) -> tuple[str, ...]:
         """Cells of the table of gates."""

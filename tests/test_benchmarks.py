@@ -49,6 +49,7 @@ def test_a_missed_gate_says_so() -> None:
     gates = [
         Gate("fast", 2, "at least", "x", 2.5, 2.25),
         Gate("slow", 2, "at least", "x", 1.5, 1.25),
+        Gate("lucky", 2, "at least", "x", 2.5, 1.75),
         Gate("small", 64, "at most", " MB", 63.2),
         Gate("large", 64, "at most", " MB", 65.0),
         Gate("absent", 64, "at most", " MB", None, reason="no such model"),
@@ -56,6 +57,7 @@ def test_a_missed_gate_says_so() -> None:
     page = render([Section("Some", "words", (Table(("a", "b"), [("x", "1")]),), gates)], "a machine")
     assert "| fast | ≥ 2.00x | 2.50x | 2.25x | pass |" in page
     assert "| slow | ≥ 2.00x | 1.50x | 1.25x | **miss** |" in page
+    assert "| lucky | ≥ 2.00x | 2.50x | 1.75x | **miss** |" in page
     assert "| small | ≤ 64.0 MB | 63.2 MB |  | pass |" in page
     assert "| large | ≤ 64.0 MB | 65.0 MB |  | **miss** |" in page
     assert "| absent | ≤ 64.0 MB |  |  | not measured: no such model |" in page

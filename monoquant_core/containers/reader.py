@@ -18,6 +18,7 @@ _FLAGS = (
     | getattr(os, "O_NONBLOCK", 0)  # a pipe must not make opening wait; regular files do not care
 )
 _AT_ONCE = 1 << 30  #: systems cut larger reads short
+_WINDOW = 1 << 18  #: bytes that are read at once for small pieces
 
 
 class FileReader:
@@ -122,6 +123,24 @@ class FileReader:
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):
             self.close()
+
+
+class Window:
+    """Small pieces of a file, most of which follow one another: many of them with one read."""
+
+    def __init__(self, reader: FileReader) -> None:
+        self._reader, self._start, self._data = reader, 0, b""
+
+    def read(self, position: int, nbytes: int) -> bytes:
+        """``nbytes`` from ``position``; the caller has seen that the file has them.
+
+        :raises SourceError: when the file has changed or cannot be read.
+        """
+        first = position - self._start
+        if first < 0 or first + nbytes > len(self._data):
+            self._start, first = position, 0
+            self._data = self._reader.read(position, min(max(nbytes, _WINDOW), self._reader.size - position))
+        return self._data[first : first + nbytes]
 
 
 def _reason(exc: OSError | ValueError) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from monoquant_core.containers.entries import MAX_EXTENT, check_name, shown, tensor_at
-from monoquant_core.containers.reader import FileReader
+from monoquant_core.containers.reader import FileReader, Window
 from monoquant_core.errors import SourceError
 from monoquant_core.model import DTYPE_BITS
 from monoquant_gguf.layouts import Layout, by_type
@@ -35,7 +35,6 @@ PLAIN = {24: "int8", 25: "int16", 26: "int32", 27: "int64", 28: "float64"}
 
 _SMALLEST_PAIR = 8 + 1 + 4 + 1  # a key of one byte, its type, a value of one byte
 _SMALLEST_INFO = 8 + 1 + 4 + 4 + 8  # a name of one byte, no extents, a type, an offset
-_WINDOW = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +130,7 @@ class _Cursor:
 
     def __init__(self, reader: FileReader, position: int = 0) -> None:
         self.reader, self.position = reader, position
-        self._window, self._start = b"", 0
+        self._window = Window(reader)
 
     def expect(self, count: int, nbytes: int, what: str) -> None:
         """Refuse a count of things that the rest of the file is too short for."""
@@ -142,13 +141,9 @@ class _Cursor:
     def take(self, nbytes: int, what: str) -> bytes:
         """The next bytes."""
         self.expect(nbytes, 1, f"bytes of {what}")
-        first = self.position - self._start
-        if first < 0 or first + nbytes > len(self._window):
-            self._start, first = self.position, 0
-            wanted = min(max(nbytes, _WINDOW), self.reader.size - self.position)
-            self._window = self.reader.read(self.position, wanted)
+        data = self._window.read(self.position, nbytes)
         self.position += nbytes
-        return self._window[first : first + nbytes]
+        return data
 
     def skip(self, nbytes: int, what: str) -> None:
         """Step over the next bytes."""

@@ -17,6 +17,7 @@ from monoquant_core.exporters import BytesAt, FilePlan, PartAt
 from monoquant_onnx.editing import Streamed
 from monoquant_onnx.opsets import ir_version, without_data
 from monoquant_onnx.rewrite import Rewritten
+from monoquant_onnx.wire import varint
 
 #: bytes of a protobuf; its size is an int32
 LIMIT = (1 << 31) - (1 << 20)
@@ -142,16 +143,7 @@ def _header(tensor: Streamed) -> bytes:
 
 def _field(number: int, length: int) -> bytes:
     """Tag of a length-delimited field, and its length."""
-    return _varint(number << 3 | 2) + _varint(length)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    return varint(number << 3 | 2) + varint(length)
 
 
 def _literal(name: str) -> str:

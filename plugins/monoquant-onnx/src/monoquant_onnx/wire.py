@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from monoquant_core.containers import folder as folders
 from monoquant_core.containers.entries import check_name, check_shape, shown, tensor_at
-from monoquant_core.containers.reader import FileReader
+from monoquant_core.containers.reader import FileReader, Window
 from monoquant_core.errors import SourceError
 from monoquant_onnx import types
 
@@ -25,7 +25,6 @@ MAX_DEPTH = 24  #: how deep graphs may nest; protobuf parsers stop at 100 messag
 MARK = "monoquant"  #: location of a tensor in the copy; its offset is the number of its place
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_WINDOW = 1 << 18
 
 #: message -> the messages in it that may hold tensors, by field number
 _MODEL, _GRAPH, _NODE, _ATTRIBUTE, _FUNCTION, _TENSOR, _SPARSE = range(7)
@@ -94,7 +93,7 @@ class _Walker:
         self.path, self.structure = path, structure
         self.reader = structure.readers[path]
         self.position = 0
-        self._window, self._start, self._kept = b"", 0, 0
+        self._window, self._kept = Window(self.reader), 0
 
     def message(self, kind: int, end: int, depth: int) -> Iterator[bytes]:
         """The fields of a message up to ``end``, tensors replaced."""
@@ -121,7 +120,7 @@ class _Walker:
                 if child == _SPARSE:
                     raise SourceError(f"{self.path}: holds a sparse tensor, which monoquant does not read")
                 body = self._tensor(stop) if child == _TENSOR else b"".join(self.message(child, stop, depth + 1))
-                yield _varint(number << 3 | _BYTES) + _varint(len(body)) + body
+                yield varint(number << 3 | _BYTES) + varint(len(body)) + body
 
     def _tensor(self, end: int) -> bytes:
         start = self.position
@@ -179,8 +178,8 @@ class _Walker:
         return self._again(start, end) if span is None else self._marked(Place(name, kind, shape, self.path, *span))
 
     def _marked(self, place: Place) -> bytes:
-        head = b"".join(_varint(_DIMS << 3) + _varint(n) for n in place.shape)
-        head += _varint(_DATA_TYPE << 3) + _varint(place.type) + _bytes_field(_NAME, place.name.encode())
+        head = b"".join(varint(_DIMS << 3) + varint(n) for n in place.shape)
+        head += varint(_DATA_TYPE << 3) + varint(place.type) + _bytes_field(_NAME, place.name.encode())
         if place.nbytes <= INLINE:
             data = self.structure.readers[place.path].read(place.offset, place.nbytes, tensor_at("", place.name)[2:])
             return head + _bytes_field(_RAW, data)
@@ -192,8 +191,8 @@ class _Walker:
                 _bytes_field(_EXTERNAL, _bytes_field(1, key.encode()) + _bytes_field(2, value.encode()))
                 for key, value in entries
             )
-            + _varint(_LOCATION << 3)
-            + _varint(1)
+            + varint(_LOCATION << 3)
+            + varint(1)
         )
 
     def _external(
@@ -300,13 +299,9 @@ class _Walker:
             raise SourceError(f"{self.path}: truncated or damaged at byte {end}")
 
     def _take(self, nbytes: int) -> bytes:
-        first = self.position - self._start
-        if first < 0 or first + nbytes > len(self._window):
-            self._start, first = self.position, 0
-            wanted = min(max(nbytes, _WINDOW), self.reader.size - self.position)
-            self._window = self.reader.read(self.position, wanted)
+        data = self._window.read(self.position, nbytes)
         self.position += nbytes
-        return self._window[first : first + nbytes]
+        return data
 
     def _again(self, start: int, stop: int) -> bytes:
         """A piece of the file as it is; the cursor stays."""
@@ -369,7 +364,8 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """A whole number as protobuf writes it: seven bits to a byte, the lowest first."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -379,4 +375,4 @@ def _varint(value: int) -> bytes:
 
 
 def _bytes_field(number: int, data: bytes) -> bytes:
-    return _varint(number << 3 | _BYTES) + _varint(len(data)) + data
+    return varint(number << 3 | _BYTES) + varint(len(data)) + data

@@ -6,17 +6,20 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monoquant_core.containers.pt2_graph import Pt2Graph
 from monoquant_core.errors import CalibrationError, SourceError
 from monoquant_core.model import Source
+from monoquant_core.rows import all_rows
 from monoquant_core.runners import Runnable
 
 if TYPE_CHECKING:
     import torch
+
+    from monoquant_core.tensor import QuantizedTensor
 
 SEQUENCE = 16  #: extent of made-up inputs where a graph leaves it open
 
@@ -67,32 +70,58 @@ def module_of(source: Source) -> torch.nn.Module:
     raise CalibrationError(f"{source.info.name}: has tensors and nothing that says how to run them", hint=_HINT)
 
 
-def load_weights(module: torch.nn.Module, source: Source) -> None:
-    """Copy a source's tensors into a module that has tensors of the same names and shapes.
+def load_weights(module: torch.nn.Module, source: Source, needed: Collection[str] | None = None) -> None:
+    """Copy a source's tensors into a module, dequantized. Parameters and errors as of :func:`put_weights`."""
+    shapes = {spec.name: spec.shape for spec in source.specs()}
+    put_weights(module, source.info.name, shapes, lambda name: source.read(name, all_rows(shapes[name])), needed)
 
-    :raises SourceError: when names or shapes differ; the module is unchanged then.
+
+def put_weights(
+    module: torch.nn.Module,
+    name: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], QuantizedTensor | torch.Tensor],
+    needed: Collection[str] | None = None,
+) -> None:
+    """Copy tensors into those of a module that have the same names.
+
+    Buffers that models compute may be missing on either side, and so may all names but one of a tied tensor.
+
+    :param name: where the tensors come from, for messages.
+    :param read: gives one of them; called when all are known to fit.
+    :param needed: tensors that the module must have. By default it must have all, and get all of its own; with names,
+        what does not fit otherwise is passed over.
+    :raises SourceError: when names or shapes differ, or the module holds no data; it is unchanged then.
     """
     import torch
 
-    from monoquant_core.rows import row_count
+    from monoquant_core.containers.in_memory import describe, find_state
     from monoquant_core.tensor import QuantizedTensor
 
-    target = module.state_dict()
-    specs = {spec.name: spec for spec in source.specs()}
-    missing = sorted(set(target) - set(specs))
-    unexpected = sorted(set(specs) - set(target))
-    shapes = [n for n in target if n in specs and tuple(target[n].shape) != specs[n].shape]
-    if missing or unexpected or shapes:
-        problems = [
-            *([f"it lacks {_few(missing)}"] if missing else []),
-            *([f"the module has no {_few(unexpected)}"] if unexpected else []),
-            *([f"other shapes: {_few(shapes)}"] if shapes else []),
-        ]
-        raise SourceError(f"{source.info.name}: does not fit {type(module).__name__}: {'; '.join(problems)}")
+    kind = type(module).__name__
+    target, _ = find_state(kind, module.state_dict(keep_vars=True))
+    own = {spec.name: spec for spec in describe(kind, target)}
+    strict, wanted = needed is None, shapes if needed is None else needed
+    given = {own[n].tied_to or n for n in shapes if n in own}
+    computed = {n for n, _ in module.named_buffers(remove_duplicate=False) if _computed(n)}
+    missing = [n for n, spec in own.items() if (spec.tied_to or n) not in given and n not in computed]
+    unexpected = [n for n in wanted if n not in own and not _computed(n, shapes[n])]
+    differing = [n for n in wanted if n in own and own[n].shape != shapes[n]]
+    others = [f"{n} {list(shapes[n])} for {list(own[n].shape)}" for n in sorted(differing)]
+    problems = [
+        *([f"it lacks {_few(sorted(missing))}"] if missing and strict else []),
+        *([f"the module has no {_few(sorted(unexpected))}"] if unexpected else []),
+        *([f"other shapes: {_few(others)}"] if others else []),
+    ]
+    if not given and not problems:
+        problems = ["no tensor has the name of one of the module's"]
+    if problems:
+        raise SourceError(f"{name}: does not fit {kind}: {'; '.join(problems)}")
     with torch.no_grad():
-        for name, tensor in target.items():
-            value = source.read(name, range(row_count(specs[name].shape)))
-            tensor.copy_(value.dequantize() if isinstance(value, QuantizedTensor) else value)
+        for n, shape in shapes.items():
+            if n in own and own[n].shape == shape:
+                value = read(n)
+                target[n].copy_(value.dequantize() if isinstance(value, QuantizedTensor) else value)
 
 
 def made_up_batch(runnable: Runnable, samples: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -197,6 +226,11 @@ def _from_folder(source: Source) -> torch.nn.Module:
             raise SourceError(f"{folder}: does not fit {name}: {what.replace('_', ' ')}: {_few(names)}")
     module: torch.nn.Module = model.eval()
     return module
+
+
+def _computed(name: str, shape: tuple[int, ...] = ()) -> bool:
+    """Whether a tensor is a buffer that models compute, and not the bias of a layer that is called ``attn``."""
+    return _COMPUTED.search(name) is not None and not (name.endswith("attn.bias") and len(shape) == 1)
 
 
 def _few(names: list[str]) -> str:

@@ -264,22 +264,16 @@ class QuantizedModel:
     def apply_to(self, module: torch.nn.Module) -> None:
         """Put the dequantized weights into a module that has tensors of these names (fake quantization).
 
+        Buffers that models compute, such as ``position_ids``, may be missing on either side.
+
         :raises SourceError: when names or shapes differ; the module is unchanged then.
         """
-        import torch
+        from monoquant_core.graphs import put_weights
 
-        target, state = module.state_dict(), self.state_dict()
-        missing = sorted(set(target) - set(state))
-        unexpected = sorted(set(state) - set(target))
-        shapes = [n for n in state if n in target and state[n].shape != target[n].shape]
-        if missing or unexpected or shapes:
-            raise SourceError(
-                f"{self.source.info.name} does not fit {type(module).__name__}: "
-                f"missing {missing[:3]}, unexpected {unexpected[:3]}, other shapes {shapes[:3]}"
-            )
-        with torch.no_grad():
-            for name, value in state.items():
-                target[name].copy_(value)
+        if not (callable(module) and hasattr(module, "state_dict")):
+            raise SourceError(f"{type(module).__name__}: a module is wanted", hint="state_dict() gives the tensors")
+        state = self.state_dict()
+        put_weights(module, self.source.info.name, {n: tuple(t.shape) for n, t in state.items()}, state.__getitem__)
 
 
 @dataclass(frozen=True, slots=True)

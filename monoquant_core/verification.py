@@ -12,13 +12,11 @@ import torch
 
 from monoquant_core.agreement import Agreement, Quality, Verification
 from monoquant_core.errors import ExecutionError
-from monoquant_core.graphs import module_of
+from monoquant_core.graphs import load_weights, module_of
 from monoquant_core.model import Source
 from monoquant_core.module_runner import ModuleGraph
-from monoquant_core.rows import row_count
 from monoquant_core.runners import Batch, Input, Runner
 from monoquant_core.runtimes import LOG_PROBABILITIES, LOGITS, Runtime
-from monoquant_core.tensor import QuantizedTensor
 
 MAX_DEGRADATION = 0.02  #: of a measured quality, beyond which a warning is due
 IR = "IR"  #: an agreement with the dequantized values
@@ -116,31 +114,15 @@ def reference(original: Source, finished: Source | None) -> Runner:
     The original's own module is not changed.
 
     :raises CalibrationError: when the original is no model that can be run.
-    :raises ExecutionError: when the finished file holds quantized tensors that the module does not have.
+    :raises SourceError: when the finished file holds quantized tensors that the module does not have.
     """
     module = module_of(original)
     if finished is not None:
         view: Callable[[], Source | None] | None = getattr(finished, "checkpoint", None)
         finished = (view() if view is not None else None) or finished  # under the original's names
         module = copy.deepcopy(module) if module is original.info.graph else module
-        _put_values(module, finished)
+        load_weights(module, finished, [spec.name for spec in finished.specs() if spec.encoding is not None])
     return ModuleGraph(module, original.info.name).runner(())
-
-
-def _put_values(module: torch.nn.Module, finished: Source) -> None:
-    target = module.state_dict()
-    if not target.keys() & {spec.name for spec in finished.specs()}:
-        raise ExecutionError(f"{finished.info.name}: no tensor has the name of one of the original's")
-    for spec in finished.specs():
-        tensor = target.get(spec.name)
-        if tensor is None or tuple(tensor.shape) != spec.shape:
-            if spec.encoding is not None:
-                there = "has none of this name" if tensor is None else f"has {list(tensor.shape)} there"
-                raise ExecutionError(f"{finished.info.name}: {spec.name} {list(spec.shape)}: the original {there}")
-            continue
-        value = finished.read(spec.name, range(row_count(spec.shape)))
-        with torch.no_grad():
-            tensor.copy_(value.dequantize() if isinstance(value, QuantizedTensor) else value)
 
 
 def compare(

@@ -52,6 +52,17 @@ class Net(nn.Module):
         return self.lm_head(self.proj(self.up(self.conv(x)).transpose(1, 2)))
 
 
+class Tied(nn.Module):
+    """Embeddings that are the output head as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 16)
+        self.mid = nn.Linear(16, 16)
+        self.lm_head = nn.Linear(16, 32, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+
 @pytest.fixture
 def net() -> Net:
     torch.manual_seed(0)
@@ -86,9 +97,43 @@ def test_apply_to_gives_the_quantized_models_outputs(net):
     assert 0 < difference < 0.02
     other = nn.Linear(3, 3)
     weight = other.weight.clone()
-    with pytest.raises(SourceError, match="does not fit Linear: missing"):
+    with pytest.raises(SourceError, match="does not fit Linear: it lacks bias, weight; the module has no conv.bias"):
         mq.quantize(net, scheme="int8").apply_to(other)
+    with pytest.raises(SourceError, match=r"does not fit Linear: other shapes: weight \[4, 3\] for \[3, 3\]"):
+        mq.quantize({"weight": torch.ones(4, 3), "bias": torch.ones(3)}, scheme="int8").apply_to(other)
     assert torch.equal(other.weight, weight)
+
+
+def test_apply_to_leaves_out_what_models_compute_and_names_of_tied_tensors():
+    """Old checkpoints hold buffers that newer models do not, or the other way round; one name of a tie is enough."""
+    module = Tied()
+    module.register_buffer("position_ids", torch.arange(4))
+    weights = {"embed.weight": torch.randn(32, 16), "mid.weight": torch.randn(16, 16), "mid.bias": torch.randn(16)}
+    old = {"rotary_emb.inv_freq": torch.ones(3), "attn.bias": torch.ones(1, 1, 4, 4)}
+    with mq.quantize(weights | old, scheme="int8", keep=["rotary_emb.inv_freq", "attn.bias"]) as model:
+        model.apply_to(module)
+        expected = model.state_dict()
+    assert all(same_bits(v, expected[k]) for k, v in module.state_dict().items() if k in weights)
+    assert same_bits(module.lm_head.weight.detach(), expected["embed.weight"])
+    with pytest.raises(SourceError, match=r"the module has no attn\.bias$"):  # of a layer
+        mq.quantize(weights | {"attn.bias": torch.ones(4)}, scheme="int8").apply_to(module)
+    attention = nn.ModuleDict({"attn": nn.Linear(16, 16)})
+    with pytest.raises(SourceError, match=r"it lacks attn\.bias$"):
+        mq.quantize({"attn.weight": torch.randn(16, 16)}, scheme="int8").apply_to(attention)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (nn.Linear(16, 16, device="meta"), "weight.*has no data"),
+        (nn.LazyLinear(16), "weight.*is not initialized"),
+        ({"weight": torch.ones(16, 16)}, "dict: a module is wanted"),
+    ],
+)
+def test_apply_to_refuses_what_holds_no_data(module, words):
+    layer = nn.Linear(16, 16)
+    with pytest.raises(SourceError, match=words):
+        mq.quantize(layer, scheme="int8").apply_to(module)
 
 
 def test_module_and_its_state_dict_give_the_same_tensors(net):
@@ -117,14 +162,6 @@ def test_saved_and_loaded_is_what_state_dict_says(net, tmp_path, scheme):
 
 
 def test_tied_tensors_are_one_on_disk_and_two_again_in_the_state_dict(tmp_path):
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(32, 16)
-            self.mid = nn.Linear(16, 16)
-            self.lm_head = nn.Linear(16, 32, bias=False)
-            self.lm_head.weight = self.embed.weight
-
     net = Tied()
     plan = mq.plan(net, scheme="int8", destination="m.safetensors")
     assert actions(plan)["lm_head.weight"] == "drop"

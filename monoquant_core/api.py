@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from monoquant_core.errors import ExecutionError, PlanError, PluginError
+from monoquant_core.errors import CalibrationError, ExecutionError, OptionError, PlanError, PluginError
 from monoquant_core.planning import OnUnsupported, Plan
 from monoquant_core.plugins import Registry, load_registry
 from monoquant_core.quantized import DEFAULT_CALIBRATOR, DEFAULT_FORMAT, QuantizedModel
@@ -66,8 +66,8 @@ def plan(
     format: str = DEFAULT_FORMAT,
     format_options: Mapping[str, Any] | None = None,
     recipe: RecipeLike | None = None,
-    keep: Sequence[str] = (),
-    set: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
+    set: str | Sequence[str] = (),
     destination: str = "",
     on_unsupported: OnUnsupported = "error",
     stats: Stats | None = None,
@@ -79,8 +79,8 @@ def plan(
     """What ``quantize`` would do, from headers alone. Without scheme, recipe and rules it takes int8.
 
     :param options: of the scheme, such as ``{"group_size": 64}``.
-    :param keep: patterns of tensors to leave as they are.
-    :param set: rules as ``"PATTERN=SCHEME:key=value"``; the first that matches decides.
+    :param keep: patterns of tensors to leave as they are, or one.
+    :param set: rules as ``"PATTERN=SCHEME:key=value"``, or one; the first that matches decides.
     :raises MonoquantError: for everything that is known to fail, before anything is read.
     """
     model = quantize(
@@ -106,8 +106,8 @@ def quantize(
     scheme: str = "",
     options: Mapping[str, Any] | None = None,
     recipe: RecipeLike | None = None,
-    keep: Sequence[str] = (),
-    set: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
+    set: str | Sequence[str] = (),
     stats: Stats | None = None,
     example: Any = None,
     weights: str | os.PathLike[str] | None = None,
@@ -126,7 +126,7 @@ def quantize(
     loaded = load_recipe(recipe) if recipe is not None else Recipe()
     if not (scheme or loaded.scheme or loaded.base):
         scheme = DEFAULT_SCHEME if not (loaded.rules or set) else ""
-    rules = (*map(keep_rule, keep), *map(parse_set, set))
+    rules = (*map(keep_rule, _several(keep)), *map(parse_set, _several(set)))
     registry = registry or installed()
     source = open_source(src, weights=weights, registry=registry, unsafe_pickle=unsafe_pickle)
     try:
@@ -225,12 +225,22 @@ def export(
 
     :param scheme: only for ``on_unsupported="requantize"``.
     :param save: the options of :meth:`QuantizedModel.save`.
+    :raises MonoquantError: naming the file and the tensor.
     """
+    check_exported(scheme, on_unsupported)
     registry = registry or installed()
     source = open_source(src, weights=weights, registry=registry, unsafe_pickle=unsafe_pickle)
-    chosen = scheme if on_unsupported == "requantize" else ""
-    with QuantizedModel(source, registry, chosen, options or {}, quantizing=False, example=example) as model:
+    with QuantizedModel(source, registry, scheme, options, quantizing=False, example=example) as model:
         return model.save(path, format, on_unsupported=on_unsupported, **save)
+
+
+def check_exported(scheme: str, on_unsupported: str) -> None:
+    """Refuse a scheme that nothing would get."""
+    if scheme and on_unsupported != "requantize":
+        raise OptionError(
+            f"export does not quantize, and --scheme {scheme} would",
+            hint="use quantize, or --on-unsupported requantize for a finished file",
+        )
 
 
 def compare(a: Model, b: Model, *, registry: Registry | None = None) -> list[Comparison]:
@@ -279,7 +289,8 @@ def verify(
         explains.
     :raises ExecutionError: when no runtime runs the file, or it does not load it.
     """
-    from monoquant_core.data import DataOptions, Recipient, open_data
+    from monoquant_core.calibration import as_batch
+    from monoquant_core.data import DataOptions, Recipient, batches_of
     from monoquant_core.graphs import made_up_batch, runnable_of
     from monoquant_core.verification import Subject, named, verify_with
 
@@ -291,13 +302,13 @@ def verify(
         name, running = find_runtime(target, registry, runtime)
         original = open_source(against, weights=weights, registry=registry, unsafe_pickle=unsafe_pickle)
         opened.callback(original.close)
-        graph = runnable_of(original)
-        if isinstance(data, str | os.PathLike):
+        graph, info = runnable_of(original), original.info
+        if data is None:
+            batches = [made_up_batch(graph, MADE_UP)]
+        else:
             taken = DataOptions(samples, batch_size, seed, preprocess, tokenizer, length)
-            info = original.info
             takes = Recipient(info.name, graph.inputs, info.side_files, info.config, extra=("labels",))
-            data = open_data(os.fspath(data), takes, taken)
-        batches = [named(b, graph.inputs) for b in data] if data is not None else [made_up_batch(graph, MADE_UP)]
+            batches = [named(as_batch(batch), graph.inputs) for batch in batches_of(data, takes, taken)]
         subject = Subject(target, finished, name, running)
         return verify_with(subject, original, batches, tolerance=tolerance, scored=data is not None)
 
@@ -325,17 +336,27 @@ def find_runtime(path: Path, registry: Registry, name: str = "") -> tuple[str, R
     raise ExecutionError(f"{path}: no runtime runs files of this kind; known: {known}{''.join(failed)}")
 
 
+def _several(texts: str | Sequence[str]) -> Sequence[str]:
+    return (texts,) if isinstance(texts, str) else texts
+
+
 def _statistics(stats: Stats | None, source: Source) -> Mapping[str, TensorStats] | None:
     """Statistics, read where they are a file, and of this model where they say so."""
     if stats is None:
         return None
     from monoquant_core.statistics import Statistics
+    from monoquant_core.stats import TensorStats
 
     name = "the statistics"
     if isinstance(stats, str | os.PathLike):
         name, stats = os.fspath(stats), Statistics.load(stats)
     if isinstance(stats, Statistics):
         stats.check_model(source, name)
+    elif not isinstance(stats, Mapping) or not all(isinstance(found, TensorStats) for found in stats.values()):
+        raise CalibrationError(
+            f"stats: {type(stats).__name__}: no statistics",
+            hint="give what calibrate returned, the file of it, or TensorStats by point or tensor name",
+        )
     return stats
 
 

@@ -249,6 +249,7 @@ def bind(declared: CalibratorDeclaration, values: Mapping[str, Any]) -> tuple[Ca
         made: Calibrator = target(bound)
         return made
 
+    make()  # refuses values that do not go together before anything is run
     return make, " ".join([declared.name, *changed])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from monoquant_core import options as opts
 from monoquant_core.declarations import ExporterDeclaration
@@ -56,6 +56,8 @@ def make_plan(
     :raises PlanError: naming all tensors concerned, before anything is read.
     :raises RecipeError: for a rule that matches nothing.
     """
+    if on_unsupported not in (choices := get_args(OnUnsupported)):
+        raise PlanError(f"on_unsupported is one of {', '.join(choices)}, got {on_unsupported!r}")
     specs = source.specs()
     info = source.info
     recipe = recipe or Recipe()

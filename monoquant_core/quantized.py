@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from monoquant_core.errors import CalibrationError, PlanError, SourceError
+from monoquant_core.errors import PlanError, SourceError
 from monoquant_core.planner import make_plan, source_for
 from monoquant_core.planning import OnUnsupported, Plan
 from monoquant_core.plugins import Registry
@@ -167,18 +167,12 @@ class QuantizedModel:
         """A calibration that is ready to run. Parameters as in :func:`calibrate`; nothing is run."""
         declared = self._registry.calibrator(calibrator)
         from monoquant_core.calibration import Calibration
-        from monoquant_core.data import DataOptions, Recipient, open_data
+        from monoquant_core.data import DataOptions, Recipient, batches_of
         from monoquant_core.graphs import runnable_of
 
-        graph = runnable_of(self.source)
-        if isinstance(data, str | os.PathLike):
-            info = self.source.info
-            target = Recipient(info.name, graph.inputs, info.side_files, info.config)
-            data = open_data(os.fspath(data), target, DataOptions(**taken))
-        elif hasattr(data, "shape") or isinstance(data, Mapping):
-            raise CalibrationError(
-                f"data is a list of batches, and this is one {type(data).__name__}", hint="give x.split(32), or [batch]"
-            )
+        graph, info = runnable_of(self.source), self.source.info
+        target = Recipient(info.name, graph.inputs, info.side_files, info.config)
+        data = batches_of(data, target, DataOptions(**taken))
         if self._example is None and iter(data) is not data:
             self._example = next(iter(data), None)  # for formats that trace the model
         needs_graph = bool(format) and self._registry.exporter(format).needs == "graph"
@@ -305,6 +299,10 @@ def save_all(
     :return: a report for each; time and memory in it are those of the whole run.
     :raises MonoquantError: naming the file and the tensor.
     """
+    if nonfinite not in ("refuse", "allow"):
+        raise PlanError(f"nonfinite is one of refuse, allow, got {nonfinite!r}")
+    if not isinstance(threads, int) or threads < 0:
+        raise PlanError(f"threads is a number, or 0 for one per usable core, got {threads!r}")
     outputs = plan_all(targets)
     from monoquant_core.engine import RunOptions, write_all  # not before the plans: refusals need not wait for torch
 
@@ -358,6 +356,6 @@ def destination_for(path: str | os.PathLike[str], format: str, registry: Registr
     """The destination, with the format's suffix where it has one and the path has none."""
     declared = registry.exporter(format)
     target = Path(path)
-    if not target.name:
+    if not target.name or "\0" in str(target):
         raise PlanError(f"{path}: not a name for an output")
     return target.with_suffix(declared.suffix) if declared.suffix and not target.suffix else target

@@ -64,6 +64,9 @@ class Chooser:
         self._check_rules_match(specs)
         if self.scheme:
             self.bind(self.scheme, self.options, "--scheme")
+        for rule in self.own_rules:
+            if rule.scheme != KEEP:
+                self.bind(rule.scheme, rule.options, rule.label)
 
     def decide(self, spec: TensorSpec) -> Decision:
         """What the first rule that matches says of a tensor; refusals are collected."""
@@ -144,12 +147,13 @@ class Chooser:
         key = f"{name.lower()} {sorted(values.items())}"
         if key not in self._bound:
             declared = self._declaration(name, owner)
+            whose = declared.name if owner == "--scheme" else f"{owner}: {declared.name}"
             infos = {i.name: i for i in opts.option_infos(declared.options)}
             typed = {
-                k: opts.parse(infos[k], v, owner=declared.name) if isinstance(v, Text) and k in infos else v
+                k: opts.parse(infos[k], v, owner=whose) if isinstance(v, Text) and k in infos else v
                 for k, v in values.items()
             }
-            bound: Any = opts.build(declared.options, typed, owner=declared.name)
+            bound: Any = opts.build(declared.options, typed, owner=whose)
             changed = [f"{k}={getattr(bound, k)}" for k, i in infos.items() if getattr(bound, k) != i.default]
             self._bound[key] = (" ".join([declared.name, *changed]), self.registry.make(declared, bound))
         return self._bound[key]

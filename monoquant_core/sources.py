@@ -131,7 +131,9 @@ class TensorSource:
 
             return rows_of(self.tensors[name], rows, scratch, slot)
         if name not in self.entries:
-            raise SourceError(f"{tensor_at(self.info.name, name)}: there is none of this name")
+            known = any(spec.name == name for spec in self.specs())  # what was in memory is let go of
+            why = "read after close" if known else "there is none of this name"
+            raise SourceError(f"{tensor_at(self.info.name, name)}: {why}")
         entry = self.entries[name]
         return _row_reader()(self._readers[entry.path], name, entry, rows, scratch, slot)
 
@@ -304,11 +306,14 @@ def _made(
 
 
 def _load_weights(
-    module: torch.nn.Module, weights: str | os.PathLike[str], registry: Registry | None, *, unsafe_pickle: bool
+    module: torch.nn.Module, weights: Any, registry: Registry | None, *, unsafe_pickle: bool
 ) -> tuple[Path, ...]:
     """Load a checkpoint into a module, and tell which files it was read from."""
     from monoquant_core.graphs import load_weights
 
+    if not isinstance(weights, str | os.PathLike):
+        kind = type(weights).__name__
+        raise SourceError(f"{kind}: weights are a file or a folder", hint="module.load_state_dict() loads tensors")
     source = _open_path(weights, registry, unsafe_pickle=unsafe_pickle)
     try:
         load_weights(module, source)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from monoquant_core.agreement import Agreement, Quality, Verification
-from monoquant_core.errors import ExecutionError
+from monoquant_core.calibration import batch_size
+from monoquant_core.errors import CalibrationError, ExecutionError
 from monoquant_core.graphs import load_weights, module_of
 from monoquant_core.model import Source
 from monoquant_core.module_runner import ModuleGraph
@@ -50,6 +51,9 @@ def verify_with(
     :raises MonoquantError: when one of the three cannot be run.
     """
     path, finished, name, runtime = subject
+    samples = sum(map(batch_size, batches))
+    if not samples:
+        raise CalibrationError("there are no samples: the data is empty")
     bound = runtime.tolerance(finished) if tolerance is None else tolerance
     found = _run(runtime.open(path), batches)
     open_exact: Callable[[Path], Runner] | None = getattr(runtime, "open_exact", None)
@@ -69,7 +73,6 @@ def verify_with(
             "nothing to compare"
         )
     qualities = _qualities(batches, from_original, found) if scored else []
-    samples = sum(len(next(iter(batch.values()))) for batch in batches)
     every = (*notes, *_notes(qualities))
     return Verification(path, name, samples, scored, tuple(agreements), tuple(qualities), every)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import sys
 import types
 from pathlib import Path
@@ -20,7 +21,9 @@ from engine_kit import RawExporter, read_back
 import monoquant_core as mq
 from monoquant_core.declarations import ExporterDeclaration
 from monoquant_core.errors import (
+    CalibrationError,
     MonoquantError,
+    OptionError,
     OutputError,
     PlanError,
     QuantizationError,
@@ -329,7 +332,11 @@ def test_closed_models_let_go_of_their_files(tmp_path):
     save_file({"w": WEIGHT}, tmp_path / "m.safetensors")
     with mq.load(tmp_path / "m.safetensors") as model:
         assert same_bits(model.state_dict()["w"], WEIGHT)
-    with pytest.raises((MonoquantError, ValueError, OSError)):
+    with pytest.raises(SourceError, match=r"m.safetensors: tensor 'w': read after close"):
+        model.state_dict()
+    with mq.load({"w": WEIGHT}) as model:
+        pass
+    with pytest.raises(SourceError, match="state_dict: tensor 'w': read after close"):
         model.state_dict()
 
 
@@ -387,3 +394,63 @@ def test_a_format_makes_the_graph_that_it_needs_of_a_module(tmp_path, monkeypatc
     assert (error <= made.scale * 0.5001).all()
     with pytest.raises(PlanError, match="needs the model's graph"):
         make_plan(StateDictSource({"w": torch.zeros(4, 4)}), registry=registry, scheme="int8", format="graph")
+
+
+REFUSED = {
+    "threads": ({"threads": 2.5}, PlanError, "threads"),
+    "negative threads": ({"threads": -1}, PlanError, "threads is a number, or 0"),
+    "nonfinite": ({"nonfinite": "ignore"}, PlanError, "nonfinite is one of refuse, allow"),
+    "on_unsupported": ({"on_unsupported": "requantise"}, PlanError, "one of error, requantize, dequantize"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_values_that_no_parameter_allows_are_refused(net, tmp_path, what):
+    given, error, words = REFUSED[what]
+    with pytest.raises(error, match=words):
+        mq.quantize(net, scheme="int8").save(tmp_path / "m", **given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rule", ["proj.weight=int99", "proj.weight=int4:group_size=x", "proj.weight=int4:bits=3"])
+def test_rules_are_refused_at_once_and_named(net, rule):
+    with pytest.raises(MonoquantError, match=re.escape(f"--set {rule!r}")):
+        mq.quantize(net, scheme="int8", set=[rule])
+    with pytest.raises(MonoquantError, match=re.escape(f"--set {rule!r}")):  # though another one comes first
+        mq.quantize(net, scheme="int8", keep=["proj"], set=[rule])
+
+
+def test_one_pattern_or_rule_needs_no_list(net):
+    plan = mq.plan(net, scheme="int8", keep="conv", set="proj.weight=int4:group_size=16")
+    assert (actions(plan)["conv.weight"], actions(plan)["up.weight"]) == ("keep", "quantize")
+    assert next(d for d in plan.decisions if d.spec.name == "proj.weight").scheme == "int4 group_size=16"
+
+
+def test_export_refuses_a_scheme_that_nothing_would_get(net, tmp_path):
+    with pytest.raises(OptionError, match="export does not quantize"):
+        mq.export(net, tmp_path / "m", scheme="int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_and_statistics_of_other_kinds_are_refused(net):
+    with pytest.raises(SourceError, match="OrderedDict: weights are a file or a folder"):
+        mq.quantize(net, weights=net.state_dict())
+    for stats in (5, {"proj:input": 5}):
+        with pytest.raises(CalibrationError, match=f"stats: {type(stats).__name__}: no statistics"):
+            mq.quantize(net, scheme="w8a8", stats=stats)
+
+
+def test_no_file_has_a_nul_in_its_name(net, tmp_path):
+    with pytest.raises(PlanError, match="not a name for an output"):
+        mq.quantize(net, scheme="int8").save(f"{tmp_path}/a\0b")
+
+
+def test_data_are_batches_and_there_are_some(tmp_path):
+    layer = nn.Linear(32, 16)
+    for data in (torch.ones(4, 32), {"input": torch.ones(4, 32)}, 5):
+        with pytest.raises(CalibrationError, match=f"a list of batches, and this is one {type(data).__name__}"):
+            mq.calibrate(layer, data)
+    with pytest.raises(OptionError, match="^percentile: percentile is 50 to 100"):  # before anything is run
+        mq.calibrate(layer, [torch.ones(4, 32)], calibrator="percentile", options={"percentile": 200.0})
+    with pytest.raises(TypeError, match="sample"), mq.quantize(layer) as model:  # a misspelled parameter
+        model.calibrate([torch.ones(4, 32)], sample=3)

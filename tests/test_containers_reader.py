@@ -141,5 +141,5 @@ def test_a_closed_file_is_not_read_again(file: Path) -> None:
     reader = FileReader(file)
     reader.close()
     reader.close()
-    with pytest.raises(ValueError, match="read after close"):
+    with pytest.raises(SourceError, match="read after close"):
         reader.read(0, 1)

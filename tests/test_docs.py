@@ -96,10 +96,10 @@ def test_every_public_name_of_the_api_is_documented() -> None:
     assert [name for name in mq.__all__ if name not in page] == []
     methods = [name for name in vars(mq.QuantizedModel) if not name.startswith("_")]
     assert [name for name in methods if f"`{name}" not in page and f".{name}(" not in page] == []
-    for function in (
-        *(mq.plan, mq.quantize, mq.load, mq.export, mq.compare, mq.open_source, mq.save_all),
-        *(mq.QuantizedModel.save, mq.QuantizedModel.variant, mq.Target),
-    ):
+    functions = [f for f in (getattr(mq, name) for name in mq.__all__) if inspect.isfunction(f)]
+    functions += [getattr(mq.QuantizedModel, name) for name in methods]
+    assert {mq.quantize, mq.calibrate, mq.verify, mq.QuantizedModel.save} <= set(functions)
+    for function in (*functions, mq.Target):
         for parameter in set(inspect.signature(function).parameters) - {"self"}:
             assert re.search(rf"`{parameter}[`=(]|\b{parameter}=|\*\*{parameter}", page), f"{function}: {parameter}"
 

@@ -580,7 +580,7 @@ def test_closing_lets_go(tmp_path: Path) -> None:
     safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
     source = open_source(tmp_path / "a.safetensors")
     source.close()
-    with pytest.raises(ValueError, match="read after close"):
+    with pytest.raises(SourceError, match="read after close"):
         source.read("w", range(1))
     if sys.platform == "linux":
         before = len(os.listdir("/proc/self/fd"))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import monoquant_core as mq
 from monoquant_core.agreement import Agreement, Quality
-from monoquant_core.errors import ExecutionError, SourceError
+from monoquant_core.errors import CalibrationError, ExecutionError, SourceError
 from monoquant_core.verification import accuracy, compare, named, perplexity
 
 transformers = pytest.importorskip("transformers")
@@ -156,6 +156,18 @@ def test_data_of_a_file(llama: Path, quantized: Path, tmp_path: Path) -> None:
     (found,) = from_file.qualities
     assert from_file.samples == 6
     assert found.before == pytest.approx(expected.before, rel=1e-6)
+
+
+def test_batches_are_what_calibrate_takes(llama: Path, quantized: Path) -> None:
+    ids = torch.arange(3, 15)[None]
+    expected = mq.verify(quantized, llama, [{"input_ids": ids}])
+    for batch in (ids, [ids], {"input_ids": ids.numpy()}):  # a list, as loaders give
+        assert mq.verify(quantized, llama, [batch]).agreements == expected.agreements
+    with pytest.raises(CalibrationError, match="a list of batches, and this is one Tensor"):
+        mq.verify(quantized, llama, ids)
+    for nothing in ([], [{"input_ids": ids[:0]}]):
+        with pytest.raises(CalibrationError, match="there are no samples"):
+            mq.verify(quantized, llama, nothing)
 
 
 def test_two_percent_worse_is_warned_of(llama: Path, tmp_path: Path) -> None:

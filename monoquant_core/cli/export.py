@@ -8,7 +8,6 @@ from monoquant_core.cli import flags
 from monoquant_core.cli.options import Typed, roles, with_options
 from monoquant_core.cli.saving import save_or_plan
 from monoquant_core.cli.selection import named_scheme
-from monoquant_core.errors import OptionError
 from monoquant_core.plugins import Registry
 
 Requantize = Annotated[
@@ -61,11 +60,7 @@ def register(app: typer.Typer, registry: Registry) -> None:
 
         if output is None and not dry_run:
             raise flags.missing_output()
-        if scheme and on_unsupported is not flags.UnsupportedChoice.requantize:
-            raise OptionError(
-                f"export does not quantize, and --scheme {scheme} would",
-                hint="use quantize, or --on-unsupported requantize for a finished file",
-            )
+        api.check_exported(scheme, on_unsupported.value)
         format = format or format_for(output or "", registry)
         options = typed.options(scheme=named_scheme(registry, scheme), format=registry.exporter(format))
         saving: dict[str, Any] = {

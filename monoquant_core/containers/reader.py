@@ -56,7 +56,7 @@ class FileReader:
         self.close()
 
     def close(self) -> None:
-        """Close the file. Reading it afterwards is a ValueError."""
+        """Close the file. Reading it afterwards is a SourceError."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -82,7 +82,7 @@ class FileReader:
         :raises SourceError: when the file is shorter, has changed, or cannot be read.
         """
         if self._fd < 0:
-            raise ValueError(f"{self.path}: read after close")
+            raise SourceError(f"{self.path}: {what}: read after close", hint="read while the model is open")
         done = 0
         try:
             while done < len(buffer):

@@ -71,6 +71,21 @@ class Recipient:
         return shape[0] if shape else None
 
 
+def batches_of(data: Any, target: Recipient, options: DataOptions) -> Iterable[Batch]:
+    """Batches: those that the user gives, or of what a text or a path names, as :func:`open_data` reads it.
+
+    :raises CalibrationError: for a single batch, and for what is none.
+    """
+    if isinstance(data, str | os.PathLike):
+        return open_data(os.fspath(data), target, options)
+    if hasattr(data, "shape") or isinstance(data, Mapping) or not hasattr(data, "__iter__"):
+        raise CalibrationError(
+            f"data is a list of batches, and this is one {type(data).__name__}", hint="give x.split(32), or [batch]"
+        )
+    batches: Iterable[Batch] = data
+    return batches
+
+
 def open_data(where: str, target: Recipient, options: DataOptions = DataOptions()) -> Data:
     """The samples that a text names, for a model.
 

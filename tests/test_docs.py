@@ -101,7 +101,7 @@ def test_every_public_name_of_the_api_is_documented() -> None:
     assert {mq.quantize, mq.calibrate, mq.verify, mq.QuantizedModel.save} <= set(functions)
     for function in (*functions, mq.Target):
         for parameter in set(inspect.signature(function).parameters) - {"self"}:
-            assert re.search(rf"`{parameter}[`=(]|\b{parameter}=|\*\*{parameter}", page), f"{function}: {parameter}"
+            assert re.search(rf"([`(*]|, ){parameter}[`=(),]", page), f"{function}: {parameter}"
 
 
 def test_every_class_of_the_kit_is_documented() -> None:

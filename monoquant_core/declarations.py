@@ -10,6 +10,7 @@ from typing import Any, Literal
 from monoquant_core.errors import PluginError
 
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_TARGET = re.compile(r"\w+(\.\w+)*:\w+")
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,19 @@ class Declaration:
     options: type = NoOptions  #: frozen dataclass of ``option(...)`` fields
 
     def __post_init__(self) -> None:
+        for label in ("aliases", "suffixes", "formats"):
+            texts = getattr(self, label, ())
+            if not isinstance(texts, tuple) or not all(isinstance(t, str) for t in texts):  # a text has characters
+                raise PluginError(str(self.name), f"{self.name}: {label} are a tuple of texts, got {texts!r}")
         for name in (self.name, *getattr(self, "aliases", ())):
             if not isinstance(name, str) or not NAME.fullmatch(name):
                 raise PluginError(
                     str(self.name), f"a declared name is made of letters, digits, '_', '.' and '-', got {name!r}"
                 )
+        if not isinstance(self.summary, str):
+            raise PluginError(self.name, f"{self.name}: the summary is a text, got {self.summary!r}")
+        if not isinstance(self.target, str) or not _TARGET.fullmatch(self.target):
+            raise PluginError(self.name, f"{self.name}: the target is 'package.module:Attribute', got {self.target!r}")
 
     def load(self) -> Any:
         """Import the implementation.

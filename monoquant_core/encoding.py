@@ -6,6 +6,7 @@ import functools
 import math
 import re
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -19,6 +20,8 @@ IR_VERSION = 1  #: version of ``Encoding.to_dict``; raised when an older reader 
 FLOAT_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
 
 MAX_DEPTH = 8  #: how deep parameters may nest; the formats that exist need two levels
+
+_LARGEST = sys.float_info.max
 
 _INTEGER_NAME = re.compile(r"(u?)int([1-9][0-9]?)")
 
@@ -290,19 +293,28 @@ class ActivationQuant:
     high: float | None = None  #: static only: largest value to represent, at least 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.element, ElementType):
+            raise EncodingError(f"element must be an ElementType, got {self.element!r}")
         if self.granularity not in ("tensor", "token", "group"):
             raise EncodingError(f"granularity must be tensor, token or group, got {self.granularity!r}")
+        for label in ("dynamic", "symmetric"):
+            if not isinstance(getattr(self, label), bool):
+                raise EncodingError(f"{label} must be True or False, got {getattr(self, label)!r}")
         if (self.granularity == "group") != (self.group_size is not None):
             raise EncodingError("an activation has a group_size exactly when its granularity is group")
-        if self.group_size is not None and self.group_size < 1:
-            raise EncodingError(f"group_size must be positive, got {self.group_size}")
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
+            raise EncodingError(f"group_size must be a positive integer, got {self.group_size!r}")
         if self.dynamic and (self.low is not None or self.high is not None):
             raise EncodingError("a dynamic activation has no range")
         if not self.dynamic:
             if self.low is None or self.high is None:
                 raise EncodingError("a static activation needs low and high")
-            if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low <= 0 <= self.high):
-                raise EncodingError(f"low <= 0 <= high and finite expected, got {self.low} and {self.high}")
+            ends = (self.low, self.high)
+            if (
+                any(type(end) not in (int, float) for end in ends)
+                or not -_LARGEST <= ends[0] <= 0 <= ends[1] <= _LARGEST
+            ):
+                raise EncodingError(f"low <= 0 <= high and finite expected, got {self.low!r:.40} and {self.high!r:.40}")
 
     def __str__(self) -> str:
         size = f"[{self.group_size}]" if self.group_size else ""

@@ -31,7 +31,7 @@ DTYPE_BITS: dict[str, int] = {
 class TensorSpec:
     """A named tensor, known without reading it.
 
-    :raises EncodingError: for an unknown dtype, or an encoding that does not fit the shape.
+    :raises EncodingError: for an unknown dtype, an impossible shape, or an encoding that does not fit them.
     """
 
     name: str
@@ -48,9 +48,11 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BITS:
             raise EncodingError(f"{self.name}: unknown dtype {self.dtype!r}")
-        if any(type(n) is not int or n < 0 for n in self.shape):
+        if not isinstance(self.shape, tuple) or any(type(n) is not int or n < 0 for n in self.shape):
             raise EncodingError(f"{self.name}: impossible shape {self.shape}")
         if self.encoding is not None:
+            if not self.is_float:
+                raise EncodingError(f"{self.name}: {self.encoding} stands for floats, not for {self.dtype}")
             self.encoding.check_weight()
             self.encoding.nbits(self.shape)
 

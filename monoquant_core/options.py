@@ -41,9 +41,11 @@ def option(default: Any, help: str, *, choices: tuple[Any, ...] | None = None, m
 def option_infos(options: type) -> list[OptionInfo]:
     """The declared options of a frozen dataclass, in order.
 
-    :raises OptionError: for anything but a dataclass of fields made with :func:`option`, whose types are scalars.
+    :raises OptionError: for anything but a frozen dataclass of fields made with :func:`option`, whose types are scalars
+        and whose defaults are values that a user may give.
     """
-    if not isinstance(options, type) or not dataclasses.is_dataclass(options):
+    parameters = getattr(options, "__dataclass_params__", None)
+    if not isinstance(options, type) or parameters is None or not parameters.frozen:
         raise OptionError(f"{options!r}: options are declared in a frozen dataclass")
     try:
         hints = get_type_hints(options)
@@ -51,12 +53,13 @@ def option_infos(options: type) -> list[OptionInfo]:
         raise OptionError(f"{options.__name__}: {exc}") from None
     infos = []
     for f in dataclasses.fields(options):
-        if "help" not in f.metadata:
+        if "help" not in f.metadata or f.default is dataclasses.MISSING:
             raise OptionError(f"{options.__name__}.{f.name}: declare it with option(default, help)")
         if hints[f.name] not in SCALARS:
             raise OptionError(f"{options.__name__}.{f.name}: bool, int, float or str expected, got {hints[f.name]}")
         meta = f.metadata
         infos.append(OptionInfo(f.name, hints[f.name], f.default, meta["help"], meta["choices"], meta["minimum"]))
+        _check(infos[-1], f.default, f"default of {options.__name__}")
     return infos
 
 
@@ -71,13 +74,7 @@ def build(options: type[T], values: Mapping[str, Any], *, owner: str) -> T:
             close = difflib.get_close_matches(name, infos, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it takes: {', '.join(infos) or 'no options'}"
             raise OptionError(f"{owner} has no option {name!r}", hint=hint)
-        info = infos[name]
-        if type(value) not in ((float, int) if info.type is float else (info.type,)):
-            raise OptionError(f"{owner}: {name} wants {info.type.__name__}, got {value!r}")
-        if info.choices is not None and value not in info.choices:
-            raise OptionError(f"{owner}: {name} is one of {', '.join(map(str, info.choices))}, got {value!r}")
-        if info.minimum is not None and not value >= info.minimum:
-            raise OptionError(f"{owner}: {name} is at least {info.minimum}, got {value!r}")
+        _check(infos[name], value, owner)
     return options(**values)
 
 
@@ -92,3 +89,12 @@ def parse(info: OptionInfo, text: str, *, owner: str) -> Any:
         return info.type(text)
     except (KeyError, ValueError):
         raise OptionError(f"{owner}: {info.name} wants {info.type.__name__}, got {text!r}") from None
+
+
+def _check(info: OptionInfo, value: Any, owner: str) -> None:
+    if type(value) not in ((float, int) if info.type is float else (info.type,)):
+        raise OptionError(f"{owner}: {info.name} wants {info.type.__name__}, got {value!r}")
+    if info.choices is not None and value not in info.choices:
+        raise OptionError(f"{owner}: {info.name} is one of {', '.join(map(str, info.choices))}, got {value!r}")
+    if info.minimum is not None and not value >= info.minimum:
+        raise OptionError(f"{owner}: {info.name} is at least {info.minimum}, got {value!r}")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -266,6 +267,30 @@ def test_a_plugin_whose_commands_fail_is_left_out(run: Run, install: Install) ->
     result = run("plugins", "list", env=env)
     assert result.returncode == 0
     assert "failing (monoquant-failing): its commands failed to register: RuntimeError('no')" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("@app.command()\ndef odd(x: list[list[int]]): ...", "its commands failed to register: AssertionError("),
+        ("@app.callback()\ndef root(loud: bool = False): ...", "it replaces the callback of the application"),
+    ],
+)
+def test_a_plugin_whose_commands_would_break_the_others_is_left_out(
+    run: Run, install: Install, code: str, reason: str
+) -> None:
+    body = textwrap.indent(textwrap.dedent(code), "    ")
+    env = install(
+        "breaking",
+        "from monoquant_core.hookspecs import hookimpl\n@hookimpl\n"
+        f"def monoquant_register_commands(app):\n{body}\n"
+        "@hookimpl\ndef monoquant_decide(proposed): ...\n",
+    )
+    result = run("plugins", "list", env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"breaking (monoquant-breaking): {reason}" in result.stdout
+    assert "hooks monoquant_decide, monoquant_register_commands" in result.stdout
+    assert run("--version", env=env).stdout.startswith("monoquant ")
 
 
 def test_a_bug_is_a_traceback_and_status_3(run: Run, install: Install) -> None:

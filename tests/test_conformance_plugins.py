@@ -25,15 +25,15 @@ from monoquant_core.options import option
 from monoquant_core.schemes import Refusal
 
 
-@dataclass
-class Thawed:
+@dataclass(frozen=True)
+class Unhelpful:
     size: int = option(3, "")
 
 
 @dataclass(frozen=True)
 class Unfit:
     threads: float = option(1, "An integer where a float is declared.")
-    mode: str = option("slow", "Its default is no choice.", choices=("fast",))
+    mode: str = option("slow", "One of its choices is no text.", choices=("slow", 1))
 
 
 class Scheme:
@@ -74,7 +74,7 @@ class Reader:
 @hookimpl
 def monoquant_register_schemes():
     return [
-        SchemeDeclaration("faulty", "One.", "faulty:Scheme", Thawed),
+        SchemeDeclaration("faulty", "One.", "faulty:Scheme", Unhelpful),
         SchemeDeclaration("unfit", "", "faulty:Scheme", Unfit),
     ]
 
@@ -136,7 +136,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("test_planning_imports_no_torch", "planning with faulty imports torch"),
         ("test_summaries", "unfit: an empty summary"),
         ("test_targets_satisfy_their_protocol", "Scheme has no 'keeps_zero'"),
-        ("test_options", "Thawed is not frozen"),
+        ("test_options", "Unhelpful.size has no help"),
         ("test_flags_agree_with_other_plugins", "unfit: --mode is str, for another it is int"),
         ("test_probes_answer", "no such processor"),
         ("test_readers_do_not_raise", "index out of range"),

@@ -36,6 +36,7 @@ from monoquant_core.encoding import (
     per_tensor,
 )
 from monoquant_core.errors import EncodingError
+from monoquant_core.model import TensorSpec
 
 GOOD = Encoding(UINT4, (1, 32), "float16", zero_point=UINT4)
 
@@ -95,8 +96,23 @@ REFUSALS = {
     "activation size without group": (lambda: ActivationQuant(INT8, "token", True, group_size=8), "group_size exactly"),
     "activation group of none": (
         lambda: ActivationQuant(INT8, "group", True, group_size=0),
-        "group_size must be positive, got 0",
+        "group_size must be a positive integer, got 0",
     ),
+    "activation group fractional": (
+        lambda: ActivationQuant(INT8, "group", True, group_size=1.5),
+        "group_size must be a positive integer, got 1.5",
+    ),
+    "activation of a name": (lambda: ActivationQuant("int8", "token", True), "element must be an ElementType"),
+    "activation dynamic a text": (lambda: ActivationQuant(INT8, "token", "false"), "dynamic must be True or False"),
+    "activation symmetric a number": (lambda: ActivationQuant(INT8, "token", True, 1), "symmetric must be True or Fal"),
+    "static range a text": (lambda: ActivationQuant(INT8, "tensor", False, low="-1", high=1.0), "finite expected"),
+    "static range a bool": (lambda: ActivationQuant(INT8, "tensor", False, low=False, high=True), "finite expected"),
+    "static range no float holds": (
+        lambda: ActivationQuant(INT8, "tensor", False, low=-(10**400), high=1.0),
+        "low <= 0 <= high and finite expected",
+    ),
+    "shape a list": (lambda: TensorSpec("w", [2, 3], "float32", GOOD), "w: impossible shape [2, 3]"),
+    "quantized integers": (lambda: TensorSpec("w", (2, 32), "int64", GOOD), "stands for floats, not for int64"),
     "dynamic with a range": (lambda: ActivationQuant(INT8, "token", True, high=1.0), "dynamic activation has no range"),
     "static without a range": (lambda: ActivationQuant(INT8, "tensor", False, low=0.0), "needs low and high"),
     "static above zero": (lambda: ActivationQuant(INT8, "tensor", False, low=1.0, high=2.0), "low <= 0 <= high"),

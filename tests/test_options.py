@@ -79,9 +79,41 @@ class Forward:
     size: Missing = option(3, "Size.")  # type: ignore[name-defined]  # noqa: F821, RUF009
 
 
+@dataclass
+class Thawed:
+    """Could be changed after it was checked."""
+
+    size: int = option(3, "Size.")
+
+
+@dataclass(frozen=True)
+class Required:
+    """No flag could be left out."""
+
+    size: int = field(metadata={"help": "Size.", "choices": None, "minimum": None})
+
+
+@dataclass(frozen=True)
+class Mistyped:
+    """A default of another type."""
+
+    size: int = option("3", "Size.")
+
+
+@dataclass(frozen=True)
+class TooSmall:
+    """A default that users may not give."""
+
+    size: int = option(0, "Size.", minimum=1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (Thawed, "options are declared in a frozen dataclass"),
+        (Required, "Required.size: declare it with option(default, help)"),
+        (Mistyped, "default of Mistyped: size wants int, got '3'"),
+        (TooSmall, "default of TooSmall: size is at least 1, got 0"),
         (Undeclared, "Undeclared.size: declare it with option(default, help)"),
         (Metadata, "Metadata.size: declare it with option(default, help)"),
         (Structured, "Structured.sizes: bool, int, float or str expected, got list[int]"),

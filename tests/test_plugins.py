@@ -163,6 +163,46 @@ BROKEN = {
         "a declared name is made of letters, digits, '_', '.' and '-', got 'W4 A",
     ),
     "name no text": (scheme(None), "a declared name is made of letters"),  # type: ignore[arg-type]
+    "aliases that are one text": (
+        scheme("fine", "W4A16"),  # type: ignore[arg-type]
+        "fine: aliases are a tuple of texts, got 'W4A16'",
+    ),
+    "suffixes that are one text": (
+        """
+        @hookimpl
+        def monoquant_register_sources():
+            return [SourceDeclaration("fine", "One.", "a:B", suffixes=".foo")]
+        """,
+        "fine: suffixes are a tuple of texts, got '.foo'",
+    ),
+    "target without an attribute": (
+        """
+        @hookimpl
+        def monoquant_register_schemes():
+            return [SchemeDeclaration("fine", "One.", "package.module")]
+        """,
+        "fine: the target is 'package.module:Attribute', got 'package.module'",
+    ),
+    "no summary": (
+        """
+        @hookimpl
+        def monoquant_register_schemes():
+            return [SchemeDeclaration("fine", None, "a:B")]
+        """,
+        "fine: the summary is a text, got None",
+    ),
+    "a default that is none of the choices": (
+        """
+        from dataclasses import dataclass
+        @dataclass(frozen=True)
+        class Modes:
+            mode: str = option("c", "Mode.", choices=("a", "b"))
+        @hookimpl
+        def monoquant_register_schemes():
+            return [SchemeDeclaration("first", "One.", "a:B", Modes)]
+        """,
+        "default of Modes: mode is one of a, b, got 'c'",
+    ),
     "declares one name twice": (
         """
         @hookimpl
@@ -509,7 +549,6 @@ def test_only_real_extras_are_suggested() -> None:
     [
         ("no_such_module:Thing", "no_such_module:Thing cannot be imported: ModuleNotFoundError"),
         ("json:NoSuchThing", "json:NoSuchThing cannot be imported: AttributeError"),
-        ("json", "json cannot be imported: AttributeError"),
         ("site_exits:Thing", "site_exits:Thing cannot be imported: SystemExit"),
     ],
 )

@@ -1,6 +1,7 @@
 """The application: built-in commands, then those of plugins."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -63,19 +64,32 @@ def _register_plugin_commands(app: typer.Typer, registry: Registry) -> None:
     for plugin in registry.loaded:
         module = manager.get_plugin(plugin.plugin)
         commands, groups, taken = list(app.registered_commands), list(app.registered_groups), _names(app)
+        callback = app.registered_callback
         others = [p for p in manager.get_plugins() if p is not module]
         reason = ""
         try:
             manager.subset_hook_caller("monoquant_register_commands", remove_plugins=others)(app=app)
+            _try(app.registered_commands[len(commands) :], app.registered_groups[len(groups) :])
         except (Exception, SystemExit) as exc:  # noqa: BLE001 - a plugin may fail in any way
             reason = f"its commands failed to register: {exc!r}"
         names = _names(app)
         clash = next((name for name in names[len(taken) :] + names if names.count(name) > 1), None)
         if clash and not reason:
             reason = f"its command {clash!r} exists already; its commands are left out"
+        if app.registered_callback is not callback and not reason:
+            reason = "it replaces the callback of the application, which is monoquant's; its commands are left out"
         if reason:
             app.registered_commands[:], app.registered_groups[:] = commands, groups
+            app.registered_callback = callback
             registry.problems.append(Problem(plugin.plugin, plugin.distribution, reason))
+
+
+def _try(commands: Sequence[Any], groups: Sequence[Any]) -> None:
+    """Build commands now: what typer cannot make options of would else stop every command, when the first one runs."""
+    trial = typer.Typer()
+    trial.registered_commands, trial.registered_groups = list(commands), list(groups)
+    if commands or groups:
+        typer.main.get_command(trial)
 
 
 def _names(app: typer.Typer) -> list[str]:

@@ -61,4 +61,8 @@ def _provided(registry: Registry, plugin: str) -> dict[str, list[str]]:
         mine = [d.name for key, d in declared.items() if registry.origins.get((hook, key)) == plugin]
         if mine:
             found["formats" if name == "exporters" else name] = mine
+    module = registry.manager.get_plugin(plugin)
+    callers = registry.manager.get_hookcallers(module) or [] if module is not None else []
+    if more := [caller.name for caller in callers if caller.name not in TABLES]:
+        found["hooks"] = sorted(more)
     return found

@@ -392,3 +392,29 @@ def test_generic_metadata_is_data(tmp_path, case):
     with pytest.raises(SourceError, match=message) as caught:
         mq.load(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("bits", "name"), [(2, "t_reading_three"), (9, "t_reading_wide")])
+def test_generic_codes_beyond_the_table_are_refused(tmp_path, bits, name):
+    values = [-1.0, 0.0, 1.0] if bits == 2 else [float(i) for i in range(300)]
+    element = {"name": name, "bits": bits, "kind": "codebook", "signed": True, "table": values}
+    content = {
+        "version": 1,
+        "encodings": [{"element": element, "block": [1, -1], "scale": "float32"}],
+        "tensors": {"a.weight": {"encoding": 0, "dtype": "float32", "shape": [4, 8]}},
+        "ties": {},
+    }
+    codes = torch.full((4, 2), 0b10_10_10_10, dtype=torch.uint8) if bits == 2 else torch.full((4, 8), 299).int()
+    tensors = {"a.weight.codes": codes, "a.weight.scale": torch.ones(4, 1)}
+    path = tmp_path / "a.safetensors"
+    save_file(tensors, path, {"monoquant": json.dumps(content)})
+    with mq.load(path) as model:
+        assert torch.equal(model.state_dict()["a.weight"], torch.full((4, 8), values[-1]))
+    codes[3, 1] += 1
+    save_file(tensors, path, {"monoquant": json.dumps(content)})
+    with (
+        mq.load(path) as model,
+        pytest.raises(SourceError, match=r"a\.weight\.codes: codes .* are outside 0\.\.") as caught,
+    ):
+        model.state_dict()
+    assert str(path) in str(caught.value)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from monoquant_core.encoding import FULL, ElementType, Encoding, param_shape
+from monoquant_core.errors import EncodingError
 from monoquant_core.exporters import FileLayout, FilePlan, Held, Holds, Output, Part, Placed, Verdict
 from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.rows import Shape, block_rows, chunk_shape, row_count, row_length
@@ -89,7 +90,10 @@ class GenericExporter:
     def unpack(
         self, parts: Mapping[str, torch.Tensor], out: Output, held: Held, first_row: int
     ) -> QuantizedTensor | torch.Tensor:
-        """Inverse of ``pack``. Parts may come flat."""
+        """Inverse of ``pack``. Parts may come flat.
+
+        :raises EncodingError: for a code that its element does not have: a table may have fewer than bits count.
+        """
         if held.encoding is None:
             return parts[out.name]
         from monoquant_core.packing import unpack_bits
@@ -105,6 +109,8 @@ class GenericExporter:
                 assert leaf.element is not None
                 signed = leaf.element.kind == "int" and leaf.element.signed
                 value = unpack_bits(value.reshape(leaf.stored), leaf.element.bits, row_length(leaf.grid), signed=signed)
+            if leaf.element is not None:
+                _check_codes(leaf, value, leaf.element)
             found[leaf.name] = value.reshape(leaf.grid)
         return _tensor(out.name, held.encoding, found)
 
@@ -196,6 +202,15 @@ def _codes_leaf(name: str, element: ElementType, grid: Shape, shape: Shape, cove
     if rows and len(grid) < 2 <= len(shape) and element.bits < 8:
         rows = max(1, row_count(shape))  # the records of a flat bit stream do not end at bytes
     return _Leaf(name, element, dtype, grid, rows)
+
+
+def _check_codes(leaf: _Leaf, codes: torch.Tensor, element: ElementType) -> None:
+    low, high = element.code_range
+    if high - low + 1 == 1 << (element.bits if leaf.packed else 8 * codes.dtype.itemsize) or not codes.numel():
+        return  # whatever is stored is a code
+    found = int(codes.amin()), int(codes.amax())
+    if found[0] < low or found[1] > high:
+        raise EncodingError(f"{leaf.name}: codes {found[0]}..{found[1]} are outside {low}..{high} of {element.name}")
 
 
 def _covers(covers: Shape | None, block: Shape) -> Shape | None:

@@ -90,7 +90,7 @@ def write_all(
     """
     plans = [plan for plan, _ in outputs]
     exporters = list(map(_exporter, plans))
-    began, start_bytes = time.perf_counter(), resident_bytes()
+    began, start_bytes, earlier_bytes = time.perf_counter(), resident_bytes(), peak_bytes()
     threads, device = _threads(options), find_device(options.device)
     predicted = working_bytes(plans, threads, _chunk_elements(options, device))
     steps = [step for plan in plans for step in plan.steps]
@@ -152,6 +152,7 @@ def write_all(
             seconds=seconds,
             start_bytes=start_bytes,
             peak_bytes=peak,
+            earlier_bytes=earlier_bytes,
             predicted_bytes=predicted,
             threads=threads,
             device=str(device),

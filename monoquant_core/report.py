@@ -52,6 +52,7 @@ class Report:
     seconds: float
     start_bytes: int  #: resident memory when the run began
     peak_bytes: int  #: highest resident memory of the process
+    earlier_bytes: int  #: the same before the run, which may have taken less where that is the higher one
     predicted_bytes: int  #: what the plan predicted for the peak above ``start_bytes``
     threads: int
     device: str

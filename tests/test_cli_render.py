@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -178,6 +179,7 @@ def report() -> Report:
         seconds=2.0,
         start_bytes=200_000_000,
         peak_bytes=230_000_000,
+        earlier_bytes=201_000_000,
         predicted_bytes=40_000_000,
         threads=2,
         device="cpu",
@@ -201,6 +203,11 @@ def test_summary_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> N
     ):
         assert expected in text
     assert text.index("b.weight") < text.index("a.weight"), "the worst comes first"
+
+
+def test_a_peak_of_what_ran_before_is_only_a_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    show_reports([dataclasses.replace(report(), earlier_bytes=230_000_000)], json=False)
+    assert "at most 30 MB at its peak above the start's 200 MB; 40 MB predicted" in capsys.readouterr().out
 
 
 def test_summary_as_json_has_the_same_numbers() -> None:

@@ -209,7 +209,7 @@ def test_a_file_that_does_not_hold_what_it_should_is_out_of_tolerance(
 
 def test_the_command_shows_a_table(llama: Path, quantized: Path) -> None:
     done = command(quantized, "--against", llama)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")  # no bars of the libraries
     assert "in transformers, 4 samples, made up" in done.stdout
     row = next(line for line in done.stdout.splitlines() if " IR " in line)
     assert "within" in row

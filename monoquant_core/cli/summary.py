@@ -27,10 +27,12 @@ def _cost(report: Report) -> list[tuple[str, str]]:
     rate = report.source_bytes / report.seconds if report.seconds else 0.0
     peak = max(0, report.peak_bytes - report.start_bytes)
     where = plural(report.threads, "thread") if report.device == "cpu" else report.device
+    known = report.peak_bytes > report.earlier_bytes  # what ran before it took more otherwise, and it less than that
+    taken = f"{'' if known else 'at most '}{size(peak)}"
     predicted = f"{size(report.predicted_bytes)} predicted"
     return [
         ("time", f"{duration(report.seconds)}, {size(rate)}/s, {where}"),
-        ("memory", f"{size(peak)} at its peak above the start's {size(report.start_bytes)}; {predicted}"),
+        ("memory", f"{taken} at its peak above the start's {size(report.start_bytes)}; {predicted}"),
     ]
 
 
@@ -79,6 +81,7 @@ def report_dict(report: Report) -> dict[str, Any]:
         "seconds": report.seconds,
         "start_bytes": report.start_bytes,
         "peak_bytes": report.peak_bytes,
+        "earlier_bytes": report.earlier_bytes,
         "predicted_bytes": report.predicted_bytes,
         "threads": report.threads,
         "device": report.device,

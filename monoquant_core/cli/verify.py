@@ -1,5 +1,7 @@
 """``verify``: a finished file in its runtime, against what it holds and what it was made from."""
 
+import contextlib
+import io
 from typing import Annotated, Any
 
 import typer
@@ -54,22 +56,23 @@ def register(app: typer.Typer, registry: Registry) -> None:
         """
         from monoquant_core import api
 
-        found = api.verify(
-            path,
-            against,
-            data or None,
-            runtime=runtime,
-            tolerance=tolerance,
-            weights=weights,
-            samples=samples,
-            batch_size=batch_size,
-            seed=seed,
-            preprocess=preprocess,
-            tokenizer=data_tokenizer,
-            length=length,
-            unsafe_pickle=unsafe_pickle,
-            registry=registry,
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of the libraries that load models
+            found = api.verify(
+                path,
+                against,
+                data or None,
+                runtime=runtime,
+                tolerance=tolerance,
+                weights=weights,
+                samples=samples,
+                batch_size=batch_size,
+                seed=seed,
+                preprocess=preprocess,
+                tokenizer=data_tokenizer,
+                length=length,
+                unsafe_pickle=unsafe_pickle,
+                registry=registry,
+            )
         if json:
             out_json(_as_dict(found))
         else:

@@ -40,12 +40,17 @@ _MODULE_KINDS = (  # class name -> kind; the first that matches
 )
 
 _EMBEDDINGS = re.compile(
-    r"^(tok|word|token|token_type|char|segment|codebook)?_?(embed|embedding|embeddings|emb|embs|embedder)"
-    r"(_?(tokens|in|table|weight))*(_per_layer)?$|^(wte|shared|tok_embeddings|cls_token|mask_token|word_embed_proj)$"
+    r"(^|_)(embeds?|embeddings?|embs?)(_?(tokens|in|table|weight))*(_per_layer)?$"
+    r"|^(tok|word|token|token_type|char|segment|codebook)?_?embedder$"
+    r"|^(wte|shared|codebook|input_embeds_layer|cls_token|mask_token|word_embed_proj)$"
 )
+_LISTED_EMBEDDINGS = re.compile(r"(^|\.)(\w*embeddings|embed_tokens|input_embeds_layers)\.\d+$")  # one per codebook
 _POSITIONS = re.compile(
-    r"(^|[._])(pos|position|positions|positional|wpe|rotary|rope|inv_freq|rel_pos)([._]|$)|relative_attention|pos_?emb|position_embedding|relative_position"
+    r"(^|[._])(pos|position|positions|positional|wpe|rotary|rope|inv_freq|rel_pos)([._]|$)"
+    r"|relative_attention|pos_?emb|position_embedding|relative_position|(^|[._])rel(ative)?_emb"
 )
+#: matrices that positions are multiplied with: "pos_key_proj", "linear_pos"
+_PROJECTIONS = re.compile(r"(^|_)(proj|projection|linear|dense)(_|$)")
 _NORMS = re.compile(
     r"(^|_)(norm|norms|layernorm|layer_norm|ln|bn|batchnorm|groupnorm|rmsnorm)(\d*|_f|_\w)$|norm\d*$|^ln_", re.I
 )
@@ -60,8 +65,7 @@ _WEAK_HEADS = re.compile(
 _TRANSPOSED = re.compile(r"conv_?trans|trans(posed?)?_?conv|deconv|up_?conv(?!\w*block)", re.I)
 
 _FUSED = (  # runtimes join these into one matrix: all members get one scheme
-    (re.compile(r"^(.*\.experts)\.\d+\.(gate_proj|up_proj|w1|w3)\.weight$"), "gate_up"),
-    (re.compile(r"^(.*\.experts)\.\d+\.(down_proj|w2)\.weight$"), "down"),
+    (re.compile(r"^(.*)\.experts\.\d+\.(gate_proj|up_proj|down_proj|w[123])\.weight$"), "experts"),
     (re.compile(r"^(.*)\.(q_proj|k_proj|v_proj)\.weight$"), "qkv"),
     (re.compile(r"^(.*)\.(query|key|value)\.weight$"), "qkv"),
     (re.compile(r"^(.*)\.(gate_proj|up_proj)\.weight$"), "gate_up"),
@@ -113,11 +117,12 @@ def _kind_by_name(spec: TensorSpec, owner: str, leaf: str, info: ModelInfo | Non
     rank = len(spec.shape)
     if _NORMS.search(owner) and rank <= 2:
         return "norm"
-    if _POSITIONS.search(spec.name):
+    if _POSITIONS.search(spec.name) and not (rank == 2 and _PROJECTIONS.search(owner)):
         return "position"
     if rank < 2:
         return "vector"
-    if _EMBEDDINGS.match(owner) and (rank == 2 or spec.shape[0] == 1):
+    looked_up = _EMBEDDINGS.search(owner) or _LISTED_EMBEDDINGS.search(spec.name.removesuffix(f".{leaf}"))
+    if looked_up and (rank == 2 or spec.shape[0] == 1):
         return "embedding"
     if "expert" in spec.name and rank == 3:
         return "experts"

@@ -26,6 +26,13 @@ def spec(name: str, *shape: int, module: str = "", dtype: str = "float32") -> Te
         ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (32, 8), "position"),
         ("model.layers.0.self_attn.rotary_emb.inv_freq", (32,), "position"),
         ("model.layers.0.input_layernorm.weight", (8,), "norm"),
+        ("encoder.rel_embeddings.weight", (64, 8), "position"),
+        ("encoder.layer.0.attention.self.pos_key_proj.weight", (8, 8), "linear"),
+        ("encoder.layers.0.self_attn.linear_pos.weight", (8, 8), "linear"),
+        ("embeddings.task_type_embeddings.weight", (3, 8), "embedding"),
+        ("model.decoder.embed_tokens.1.weight", (100, 8), "embedding"),
+        ("time_embed.0.weight", (8, 8), "linear"),
+        ("input_blocks.1.0.emb_layers.1.weight", (8, 8), "linear"),
         ("model.norm.weight", (8,), "norm"),
         ("encoder.layer.0.output.LayerNorm.weight", (8,), "norm"),
         ("h.0.ln_1.weight", (8,), "norm"),
@@ -96,8 +103,8 @@ def test_fuse_groups():
     assert {fuse_group(spec(f"{prefix}.{x}_proj.weight", 8, 8)) for x in "qkv"} == {f"{prefix}.qkv"}
     assert fuse_group(spec(f"{prefix}.o_proj.weight", 8, 8)) is None
     assert fuse_group(spec(f"{prefix}.q_proj.bias", 8)) is None
-    experts = {fuse_group(spec(f"m.experts.{i}.{p}.weight", 8, 8)) for i in (0, 1, 11) for p in ("w1", "w3")}
-    assert experts == {"m.experts.gate_up"}
+    experts = {fuse_group(spec(f"m.experts.{i}.{p}.weight", 8, 8)) for i in (0, 1, 11) for p in ("w1", "w2", "w3")}
+    assert experts == {"m.experts"}
 
 
 def test_a_declared_tie_is_a_tie_only_when_declared_and_of_one_shape():

@@ -258,13 +258,46 @@ def test_one_scheme_is_one_group_of_linear():
 
 
 def test_every_linear_that_stays_float_is_ignored():
-    floats = [spec("model.layers.1.mlp.gate.weight", 8, 64), spec("classifier.weight", 3, 64)]
-    kept = [dataclasses.replace(s, encoding=None) if s.name.endswith("o_proj.weight") else s for s in MODEL]
+    floats = [
+        spec("model.layers.1.mlp.gate.weight", 8, 64),
+        spec("model.layers.1.self_attn.pos_proj.weight", 64, 64),
+        dataclasses.replace(spec("model.layers.1.input_embed.weight", 64, 64), kind="embedding"),  # or a Linear
+        dataclasses.replace(spec("model.layers.1.ln_up.weight", 64, 64), kind="norm"),
+        spec("encoder.pooler.dense.weight", 64, 64),
+        spec("classifier.weight", 3, 64),
+    ]
+    kept = [dataclasses.replace(s, encoding=None) if s.name.endswith("0.self_attn.o_proj.weight") else s for s in MODEL]
     made = quantization([*kept, *floats])
-    assert set(made["ignore"]) == {
-        *("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj", "lm_head"),
-        *("model.layers.1.mlp.gate", "classifier"),
-    }
+    assert made["ignore"] == [
+        r"re:.*\blayers\.0\.self_attn\.o_proj$",
+        "lm_head",
+        r"re:.*\blayers\.\d+\.mlp\.gate$",
+        r"re:.*\blayers\.\d+\.self_attn\.pos_proj$",
+        r"re:.*\blayers\.\d+\.input_embed$",
+        r"re:.*\blayers\.\d+\.ln_up$",
+        r"re:.*\bencoder\.pooler\.dense$",
+        "classifier",
+    ]
+
+
+TOWERS = [
+    *(dataclasses.replace(s, name=s.name.replace("model.", "vision_tower.encoder.")) for s in layer(0)),
+    *(dataclasses.replace(s, name=f"language_model.{s.name}") for s in [*layer(0), *layer(1), HEAD]),
+]
+
+
+@pytest.mark.parametrize("kept", [r"vision_tower", r"language_model.*layers.1", r"\.0\.self_attn\.q_proj"])
+def test_names_match_under_the_prefixes_that_transformers_puts(kept):
+    """transformers loads ``language_model.model.layers`` of a checkpoint into ``model.language_model.layers``."""
+    match_name = pytest.importorskip("compressed_tensors.utils.match").match_name
+    specs = [dataclasses.replace(s, encoding=None) if re.search(kept, s.name) else s for s in TOWERS]
+    ignore = quantization(specs)["ignore"]
+    for found in specs:
+        name = found.name.removesuffix(".weight")
+        renamed = re.sub("^vision", "model.vision", re.sub("^language_model.model", "model.language_model", name))
+        renamed = renamed.removeprefix("language_model.")  # of lm_head
+        for form in (name, renamed):
+            assert any(match_name(form, entry) for entry in ignore) == (found.encoding is None), form
 
 
 @pytest.mark.parametrize(
@@ -273,7 +306,8 @@ def test_every_linear_that_stays_float_is_ignored():
         (True, "LlamaForCausalLM", ["lm_head"]),
         (True, "BertForMaskedLM", ["lm_head", "cls.predictions.decoder", "lm_head.decoder", "predictions.decoder"]),
         (True, "WhisperForConditionalGeneration", ["lm_head", "proj_out"]),
-        (False, "LlamaForCausalLM", []),
+        (False, "LlamaForCausalLM", ["lm_head"]),
+        (False, "GPTNeoXForCausalLM", ["lm_head"]),  # what transformers makes of embed_out
     ],
 )
 def test_heads_that_no_file_holds_are_ignored(tie, architecture, ignored):
@@ -303,7 +337,7 @@ def with_encoding(pattern: str, encoding: Encoding, specs=MODEL) -> list[TensorS
     ("pattern", "expected"),
     [
         (r"down_proj", [r"re:.*\blayers\.\d+\.mlp\.down_proj$"]),
-        (r"layers\.0\..*(gate|up)_proj", ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]),
+        (r"layers\.0\..*(gate|up)_proj", [rf"re:.*\blayers\.0\.mlp\.{n}_proj$" for n in ("gate", "up")]),
         (r"lm_head", ["lm_head"]),
     ],
 )
@@ -493,3 +527,33 @@ for convention in ("auto", "generic"):
 assert not {"torch", "numpy"} & set(sys.modules), sorted(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+EXPERTS = [
+    spec(f"model.layers.{i}.mlp.experts.{j}.{n}_proj.weight")
+    for i, j in [(0, 0), (0, 1), (1, 0)]
+    for n in ("up", "down")
+]
+
+
+@pytest.mark.parametrize("other", [None, dataclasses.replace(GROUP, scale="float32")])
+def test_experts_of_several_kinds_are_said(other):
+    def notes(pattern: str) -> str:
+        specs = [
+            dataclasses.replace(s, encoding=other if re.search(pattern, s.name) else CHANNEL)
+            for s in [*EXPERTS, *layer(0)]
+        ]
+        return " ".join(plan(specs).notes)
+
+    assert "experts of several kinds" in notes(r"layers\.1\..*experts")
+    assert "experts of several kinds" not in notes("experts|q_proj")
+
+
+def test_kept_layers_of_models_that_transformers_renames_are_said():
+    specs = [dataclasses.replace(s, name=s.name.replace("model.layers", "vit.encoder.layer")) for s in layer(0)]
+    config = {**CONFIG, "model_type": "vit"}
+    kept = [dataclasses.replace(specs[0], encoding=None), *specs[1:]]
+    assert any("renames its layers" in note for note in plan(kept, config).notes)
+    assert not any(
+        "renames its layers" in note for note in plan([*specs, spec("classifier.weight", 3, 64)], config).notes
+    )

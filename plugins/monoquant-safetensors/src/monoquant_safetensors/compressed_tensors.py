@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,8 @@ from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.reencode import can_reencode
 from monoquant_core.schemes import Proposal
 from monoquant_safetensors import arguments as ct
-from monoquant_safetensors.config import Scheme, layout_notes, model_config
+from monoquant_safetensors.config import Scheme, model_config, must_tie
+from monoquant_safetensors.consumers import layout_notes
 from monoquant_safetensors.files import CONFIG, HELD_DTYPES, json_file, side_files, tensor_files, unsupported_dtype
 from monoquant_safetensors.recipe import LINEAR_KINDS
 
@@ -55,6 +57,9 @@ if TYPE_CHECKING:
     from monoquant_core.tensor import QuantizedTensor
 
 METHOD = "compressed-tensors"
+
+#: modules that are an Embedding by any account; what else is called one may be a Linear
+_LOOKED_UP = re.compile(r"(^|\.)(\w*embeddings|embed_tokens|wte|wpe|shared)$")
 
 _REASONS = {
     "embedding": "transformers 5 fails to load quantized embeddings",
@@ -169,7 +174,9 @@ class CompressedTensorsExporter:
 
     def notes(self, layout: FileLayout) -> Sequence[str]:
         """What consumers do with the file as a whole."""
-        return layout_notes(_schemes(layout), layout)
+        schemes = _schemes(layout)
+        tied = bool(schemes) and must_tie(layout)
+        return layout_notes(schemes, self._float_modules(layout), layout.info.model_type, tied=tied)
 
     def _not_linear(self, out: Output) -> str:
         """Why a tensor is not the weight of an nn.Linear; "" when it may be."""
@@ -189,14 +196,13 @@ class CompressedTensorsExporter:
         return ""
 
     def _float_modules(self, layout: FileLayout) -> list[str]:
-        """Modules that are Linear, as far as can be told, and stay floats; ``ignore`` must list them."""
+        """Modules that may be Linear and stay floats; ``ignore`` must list them, or consumers look for their codes."""
         modules = []
         kept = [placed.output.name for placed in layout.outputs if placed.held.encoding is None]
         for name in [*kept, *layout.ties]:
-            spec = self._specs.get(name)
-            kinds = (*LINEAR_KINDS, "router", "linear_transposed")
-            if spec is not None and len(spec.shape) == 2 and spec.kind in kinds and name.endswith(".weight"):
-                modules.append(name.removesuffix(".weight"))
+            spec, module = self._specs.get(name), name.removesuffix(".weight")
+            if spec is not None and len(spec.shape) == 2 and module != name and not _LOOKED_UP.search(module):
+                modules.append(module)
         return modules
 
 

@@ -20,7 +20,6 @@ QUANTIZATION = "quantization_config"
 
 #: architecture -> output heads that transformers ties to the embeddings, so that files do not hold them
 _TIED_HEADS = (
-    (r"", ("lm_head",)),
     (r"ForMaskedLM|ForPreTraining|WithLMHead", ("cls.predictions.decoder", "lm_head.decoder", "predictions.decoder")),
     (r"^(Electra|ConvBert)", ("generator_lm_head",)),
     (r"^DistilBert", ("vocab_projector",)),
@@ -67,29 +66,20 @@ def model_config(schemes: Mapping[str, Scheme], floats: Sequence[str], layout: F
         if is_compressed_tensors(config.get(QUANTIZATION)):
             del config[QUANTIZATION]
         return config
-    if _head_is_tied(layout) and config.get("tie_word_embeddings") is False:
+    if must_tie(layout):
         config["tie_word_embeddings"] = True
     config[QUANTIZATION] = _quantization(schemes, floats, layout, config.get(QUANTIZATION))
     return config
 
 
-def layout_notes(schemes: Mapping[str, Scheme], layout: FileLayout) -> list[str]:
-    """What consumers do with the folder as a whole."""
-    notes = []
-    groups = {scheme.key for scheme in schemes.values()}
-    if len(groups) > 1:
-        notes.append(
-            f"{len(groups)} config groups: load them with transformers' defaults; with dequantize=True transformers "
-            "5.23 takes the first group for all modules, and fails or gives wrong weights without a word"
-        )
-    if _head_is_tied(layout) and (layout.info.config or {}).get("tie_word_embeddings") is False:
-        notes.append("tie_word_embeddings is set: head and embeddings are one tensor, and it is written once")
-    return notes
-
-
 def is_compressed_tensors(config: object) -> bool:
     """Whether a ``quantization_config`` is one of compressed-tensors."""
     return isinstance(config, Mapping) and config.get("quant_method") == "compressed-tensors"
+
+
+def must_tie(layout: FileLayout) -> bool:
+    """Whether config.json calls head and embeddings two tensors, and they are one."""
+    return _head_is_tied(layout) and (layout.info.config or {}).get("tie_word_embeddings") is False
 
 
 def _quantization(
@@ -101,8 +91,9 @@ def _quantization(
     first = {key: schemes[modules[0]] for key, modules in groups.items()}
     if len(groups) > 1:
         _refuse_asymmetric(schemes, layout)
-    ignore = list(dict.fromkeys([*floats, *_tied_heads(layout, schemes)]))
-    known = [*schemes, *ignore]
+    heads = _unlisted_heads(layout, schemes)
+    known = [*schemes, *floats, *heads]
+    ignore = list(dict.fromkeys([*_patterns(floats, known), *heads]))
     targets = {key: _patterns(modules, known) for key, modules in groups.items()}
     if len(groups) == 1:  # what vLLM and SGLang know best; SGLang quantizes a head only if it is named
         targets = {key: ["Linear", *(m for m in modules if m.endswith("lm_head"))] for key, modules in groups.items()}
@@ -135,22 +126,43 @@ def _refuse_asymmetric(schemes: Mapping[str, Scheme], layout: FileLayout) -> Non
 
 
 def _patterns(modules: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Targets that match these modules and no other known one.
+    """Names that match these modules and no other known one, also where a runtime puts other prefixes before them.
 
-    A regular expression from the last part before the first number on: runtimes put other prefixes before it, and
-    class names would win over the members of matrices that vLLM joins.
+    Regular expressions from the last part before the first number on: ``language_model.model.layers`` of a checkpoint
+    is ``model.language_model.layers`` in transformers, and class names would win over members of what vLLM joins.
     """
     inside, found = set(modules), []
     matched: dict[str, set[str]] = {}  # modules of one kind in all layers share a pattern
+
+    def fits(pattern: str, among: Iterable[str]) -> bool:
+        if pattern not in matched:
+            matched[pattern] = _matches(pattern, among)
+        return matched[pattern] <= inside
+
     for module in modules:
         head, tail = _split(module)
-        shapes = [re.sub(r"\\?\d+", r"\\d+", re.escape(text)) for text in ([tail, head + tail] if tail else [])]
-        patterns = [rf"re:.*\b{shape}$" for shape in shapes]
-        for pattern in patterns:
-            if pattern not in matched:
-                matched[pattern] = _matches(pattern, known)
-        found.append(next((p for p in patterns if matched[p] <= inside), module))
+        places = _places(head) if tail else [rf"\b{re.escape(module)}"] if "." in module else []
+        every, one = (_numbered(tail, keep) for keep in (0, 1))  # all layers, or one and all of its experts
+        choices = [(f"re:.*{place}{every}$", "") for place in places]
+        choices += [(f"re:.*{place}{one}$", f"re:.*{place}{every}$") for place in places if one != every]
+        found.append(next((p for p, wider in choices if fits(p, matched.get(wider, known))), module))
     return list(dict.fromkeys(found))
+
+
+def _places(head: str) -> list[str]:
+    """Expressions for what precedes a module's tail: anything, one part of its head, all of it."""
+    parts = [re.escape(part) for part in head.split(".") if part]
+    some = [rf"\b{part}\..*\b" for part in parts] if len(parts) > 1 else []
+    return [r"\b", *some, *([rf"\b{re.escape(head)}"] if head else [])]
+
+
+def _numbered(tail: str, keep: int) -> str:
+    """An expression for a tail, its first ``keep`` numbers as they are and any number for the others."""
+    parts = [re.escape(part) for part in tail.split(".")]
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    for i in numbers[keep:]:
+        parts[i] = r"\d+"
+    return r"\.".join(parts)
 
 
 def _split(module: str) -> tuple[str, str]:
@@ -168,15 +180,15 @@ def _matches(pattern: str, names: Iterable[str]) -> set[str]:
     return {name for name in names if compiled.match(name)}
 
 
-def _tied_heads(layout: FileLayout, schemes: Mapping[str, Scheme]) -> list[str]:
-    """Heads that the model may have although no tensor of the file says so."""
+def _unlisted_heads(layout: FileLayout, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Heads that the model may have although no tensor of the file says so: tied ones, and those with another name."""
     config = layout.info.config or {}
-    if config.get("tie_word_embeddings") is False and not _head_is_tied(layout):
-        return []
     architectures = config.get("architectures") or [""]
     name = architectures[0] if isinstance(architectures, list) and isinstance(architectures[0], str) else ""
-    heads = [head for pattern, found in _TIED_HEADS if re.search(pattern, name) for head in found]
-    return [head for head in heads if head not in schemes]
+    tied = config.get("tie_word_embeddings") is not False or _head_is_tied(layout)
+    heads = [head for pattern, found in _TIED_HEADS if tied and re.search(pattern, name) for head in found]
+    quantized = any(module.endswith("lm_head") for module in schemes)
+    return [head for head in ([] if quantized else ["lm_head"]) + heads if head not in schemes]
 
 
 def _head_is_tied(layout: FileLayout) -> bool:

@@ -1,0 +1,67 @@
+"""What transformers makes of a compressed-tensors folder as a whole, found by loading them. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from monoquant_safetensors import arguments as ct
+from monoquant_safetensors.config import Scheme
+
+#: model types of which transformers 5.23 initializes layers by their ``weight``, which packed ones do not have
+_NEEDS_WEIGHT = (
+    "align altclip blt bridgetower chinese_clip chinese_clip_vision_model clap clipseg clvp cohere2_vision cvt d_fine "
+    "data2vec-audio deepseek_vl deepseek_vl_hybrid deimv2 depth_pro dinov2 dinov2_with_registers dinov3_vit falcon "
+    "falcon_mamba fastspeech2_conformer gemma3 gpt_bigcode grounding-dino groupvit hiera ijepa kosmos-2 lfm2_vl "
+    "llava_onevision longt5 lw_detr mamba mamba2 mask2former mgp-str mlcd mlcd_vision_model mm-grounding-dino "
+    "modernbert modernbert-decoder modernvbert mt5 nanochat neomme neucodec oneformer owlv2 owlvit paligemma pe_audio "
+    "phi4_multimodal pi0 pvt pvt_v2 radio recurrent_gemma rf_detr rt_detr rwkv sam3_lite_text sapiens2 seamless_m4t "
+    "seamless_m4t_v2 seggpt siglip siglip2 siglip2_vision_model siglip_vision_model swiftformer swin2sr "
+    "switch_transformers t5 t5gemma2 timesformer tipsv2 udop ultravbert umt5 unispeech unispeech-sat videoprism vitdet "
+    "vjepa2 wav2vec2 wav2vec2-bert wav2vec2-conformer wavlm xclip xcodec xlstm"
+)
+
+#: model types whose layers transformers 5.23 loads under other names than the checkpoint's
+_RENAMED = "audio-spectrogram-transformer beit deit dinov2 dinov2_with_registers ijepa vit vit_mae vit_msn vivit"
+
+
+def layout_notes(
+    schemes: Mapping[str, Scheme], floats: Sequence[str], model_type: str | None, *, tied: bool
+) -> list[str]:
+    """What to know of the folder as a whole.
+
+    :param schemes: every quantized module.
+    :param floats: modules that are Linear, as far as can be told, and stay floats.
+    :param tied: whether ``tie_word_embeddings`` had to be set.
+    """
+    notes = []
+    groups = {scheme.key for scheme in schemes.values()}
+    if len(groups) > 1:
+        notes.append(
+            f"{len(groups)} config groups: load them with transformers' defaults; with dequantize=True transformers "
+            "5.23 takes the first group for all modules, and fails or gives wrong weights without a word"
+        )
+    if tied:
+        notes.append("tie_word_embeddings is set: head and embeddings are one tensor, and it is written once")
+    if model_type in _NEEDS_WEIGHT.split() and any(s.weights.format in (ct.PACKED, ct.MXFP4) for s in schemes.values()):
+        notes.append(
+            f"{model_type}: transformers 5.23 loads packed weights of some of its layers only with "
+            "CompressedTensorsConfig(dequantize=True); those of w8a8 and fp8 are not packed"
+        )
+    if model_type in _RENAMED.split() and (len(groups) > 1 or any(re.search(r"\.\d+\.", module) for module in floats)):
+        notes.append(
+            f"{model_type}: transformers 5.23 renames its layers and does not find those that are kept or have a "
+            "scheme of their own: it goes on with random weights; give all layers one scheme"
+        )
+    experts = {key for module, key in _keys(schemes, floats) if re.search(r"\.experts\.\d+\.", module)}
+    if len(experts) > 1:
+        notes.append(
+            "experts of several kinds: transformers 5.23 takes all for quantized alike, and fails or gives wrong "
+            "weights without a word; vLLM loads them where those of a layer are alike"
+        )
+    return notes
+
+
+def _keys(schemes: Mapping[str, Scheme], floats: Sequence[str]) -> list[tuple[str, str]]:
+    """Modules with what tells their config groups apart, "" for floats."""
+    return [*((module, scheme.key) for module, scheme in schemes.items()), *((module, "") for module in floats)]

@@ -113,6 +113,17 @@ class Plan:
             "source": self.info.name,
             "format": self.format,
             "tensors": tensors,
+            "derived": [
+                {
+                    "name": step.placed.output.name,
+                    "shape": list(step.placed.output.shape),
+                    "to": describe(step),
+                    "bytes": step.nbytes,
+                    "reason": step.reason,
+                }
+                for step in self.steps
+                if not step.specs
+            ],
             "files": [{"path": f.path, "bytes": f.nbytes} for f in self.files],
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,

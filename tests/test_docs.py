@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import inspect
 import io
+import json
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -148,6 +150,60 @@ def test_plugin_readmes_name_what_the_plugin_adds(plugin: Path, gen_docs: Module
                 assert f"`{declared.name}`" in page, f"{attribute}: {declared.name}"
                 assert [i.name for i in option_infos(declared.options) if i.name not in page] == []
     assert "```" in page, "one example"
+
+
+#: keys whose values are by names that are not ours
+MAPS = ("files", "points", "counts", "probes", "schemes", "formats", "provides")
+WHOLE = ("metadata", "facts", "encoding")  #: whose insides are not described
+
+
+def paths(value: Any, path: str = "") -> Iterator[str]:
+    """Keys of a document as docs/json.md writes them; a list without entries ends in ``[]``."""
+    name = path.rpartition(".")[2]
+    if isinstance(value, dict) and name not in WHOLE:
+        for key, inner in value.items():
+            yield from paths(inner, f"{path}.{'*' if name in MAPS else key}".lstrip("."))
+    elif isinstance(value, list) and (not value or isinstance(value[0], dict)):
+        for inner in value:
+            yield from paths(inner, f"{path}[]")
+        if not value:
+            yield f"{path}[]"
+    else:
+        yield path
+
+
+def test_json_of_every_command_is_documented(llama: Path, in_tmp: Path) -> None:
+    np.savez("ids.npz", input_ids=np.random.default_rng(0).integers(0, 64, (8, 12)))
+    sections = re.split(r"\n## ", (DOCS / "json.md").read_text())[1:]
+    documented = {
+        section.partition("\n")[0]: {
+            path for row in re.findall(r"(?m)^\| (`.*?) \|", section) for path in re.findall(r"`(.+?)`", row)
+        }
+        for section in sections
+    }
+    mixed = f"{llama} --scheme int4 --group-size 32"
+    commands = {
+        "plan, and --dry-run": [f"plan {mixed}", f"plan {llama} --format gguf --scheme Q8_0 --tokenizer none"],
+        "quantize and export": [f"quantize {mixed} -o int4", "export int4 -o copy"],
+        "calibrate": [f"calibrate {llama} --data ids.npz -o stats.safetensors"],
+        "inspect": ["inspect int4"],
+        "compare": [f"compare {llama} int4"],
+        "verify": [f"verify int4 --against {llama} --data ids.npz"],
+        "doctor": ["doctor"],
+        "plugins list": ["plugins list"],
+        "schemes, formats, recipes and calibrators": ["schemes list", "formats list", "recipes list"],
+    }
+    assert commands.keys() == documented.keys()
+    for title, lines in commands.items():
+        found = {
+            p.removeprefix("[].") for line in lines for p in paths(json.loads(command(f"monoquant {line} --json")))
+        }
+        empty = {p.removesuffix("[]") for p in found if p.endswith("[]")}
+        found = {p for p in found if not p.endswith("[]")}
+        wanted, inside = documented[title], tuple(f"{p}[]" for p in empty)
+        assert found - wanted == set(), title
+        assert [p for p in empty if p not in wanted and not any(w.startswith(f"{p}[]") for w in wanted)] == [], title
+        assert [p for p in wanted - found if p not in empty and not p.startswith(inside)] == [], title
 
 
 def test_every_environment_variable_is_documented() -> None:

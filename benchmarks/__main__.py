@@ -13,7 +13,7 @@ from benchmarks.page import machine, render
 from benchmarks.results import Section
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
-SIZES, QUICK_SIZES = (1.2, 8.0), (0.004, 0.02)  # gigabytes
+SIZES, QUICK_SIZES, DEVICE_SIZES = (1.2, 8.0), (0.004, 0.02), (1.2, 4.0)  # gigabytes
 
 QUICK = "A quick run: sizes are so small that figures and gates mean nothing."
 
@@ -25,8 +25,9 @@ def main() -> None:
     described = machine()
     with tempfile.TemporaryDirectory(prefix="monoquant-bench-", dir=args.temp) as folder:
         sections = [section for name in args.only for section in _measure(name, Path(folder), args)]
-    page = render(sections, described, QUICK if args.quick else "")
-    complete = not args.quick and set(args.only) == set(AREAS)
+    complete = set(args.only) == set(AREAS)
+    page = render(sections, described, QUICK if args.quick else "", only=() if complete else args.only)
+    complete = complete and not args.quick
     if output := args.output or (PAGE if complete else None):
         output.write_text(page, encoding="utf-8")
         print(f"wrote {output}", file=sys.stderr)
@@ -73,12 +74,21 @@ def _onnx(temp: Path, args: argparse.Namespace) -> list[Section]:
     return [onnx_files.measure_cnn(temp, rounds=60), onnx_files.measure_encoder(temp, rounds=40), large]
 
 
+def _device(temp: Path, args: argparse.Namespace) -> list[Section]:
+    from benchmarks import device
+
+    sizes = args.sizes or (QUICK_SIZES[:1] if args.quick else DEVICE_SIZES)
+    size, rounds, runs = (512, 1, 1) if args.quick else (4096, 9, max(1, args.rounds // 3))
+    return device.measure(temp, size=size, rounds=rounds, sizes=sizes, runs=runs)
+
+
 AREAS: dict[str, Callable[[Path, argparse.Namespace], list[Section]]] = {
     "kernels": _kernels,
     "gguf": _gguf,
     "onnx": _onnx,
     "pipeline": _pipeline,
     "startup": _startup,
+    "device": _device,
 }
 
 

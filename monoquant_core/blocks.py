@@ -27,6 +27,9 @@ SMALLEST_NORMAL = 2.0**-126  #: of float32; below it and above its reciprocal, `
 #: how far a value may exceed the largest of integer codes: below half a step, so that it still rounds to that code
 HALF_STEP = 0.498
 
+#: elements that an accelerator works on at a time: many enough that starting operations takes no time to speak of
+DEVICE_SPAN = 1 << 24
+
 
 def to_matrix(values: torch.Tensor, block: tuple[int, ...]) -> torch.Tensor:
     """``[blocks, elements of one]``, in the order of a block's parameters; a view where the strides allow it.
@@ -111,7 +114,7 @@ def absmax_scale(
     if not math.isfinite(high):
         check_finite(rows, context)
         raise QuantizationError(f"{context.spec.name}: its values span more than float32 holds", hint=_keep(context))
-    scale = (magnitude / _number(largest, magnitude.device)).to(dtype_of(dtype))
+    scale = (magnitude / number(largest, magnitude.device)).to(dtype_of(dtype))
     limits = torch.finfo(scale.dtype)
     roomy = largest * (1 + limits.eps / 2) <= largest + beyond
     if roomy and largest * limits.tiny <= low and high < largest * limits.max:
@@ -172,6 +175,24 @@ def in_steps(matrix: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None
     return steps.copy_(matrix).mul_(held.reciprocal())  # faster than one multiplication of two dtypes
 
 
+@functools.lru_cache(maxsize=256)
+def number(value: float, device: torch.device) -> torch.Tensor:
+    """A float32 to divide by, on the device of what is divided.
+
+    Division by a Python number, or by one that lies elsewhere, is on accelerators multiplication by its reciprocal:
+    other bits.
+    """
+    return torch.tensor(value, dtype=torch.float32, device=device)
+
+
+def span(elements: int, device: torch.device) -> int:
+    """How many elements to work on at a time, where that changes no bit: as given, or more on an accelerator.
+
+    :param elements: whose buffers stay in the cache of a processor's core.
+    """
+    return elements if device.type == "cpu" else DEVICE_SPAN
+
+
 def _blocks_first(values: torch.Tensor, block: tuple[int, ...]) -> torch.Tensor:
     """A view: which block along every axis, then where in it along every axis."""
     split: list[int] = []
@@ -182,12 +203,6 @@ def _blocks_first(values: torch.Tensor, block: tuple[int, ...]) -> torch.Tensor:
         split += (n // extent, extent)
     order = range(2 * len(block))
     return values.view(split).permute(*order[::2], *order[1::2])
-
-
-@functools.lru_cache(maxsize=64)
-def _number(value: float, device: torch.device) -> torch.Tensor:
-    """To divide by. Division by a Python number is, on some devices, multiplication by its reciprocal: other bits."""
-    return torch.tensor(value, dtype=torch.float32, device=device)
 
 
 def _keep(context: Context) -> str:

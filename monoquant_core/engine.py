@@ -39,13 +39,14 @@ from monoquant_core.work import RowMaker, Work, keep_hint
 from monoquant_core.workers import Workers
 
 DEVICE_CHUNKS = 64  #: a task for an accelerator is this many times larger
+DEVICE_THREADS = 4  #: enough to keep it busy while others read and write; each has a chunk on it
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
     """How a plan is carried out. None of it changes the bytes."""
 
-    threads: int = 0  #: 0 is one per usable core
+    threads: int = 0  #: 0 is one per usable core, for an accelerator at most four
     chunk_elements: int = CHUNK_ELEMENTS
     device: str = "cpu"
     force: bool = False  #: replace what is there
@@ -91,7 +92,8 @@ def write_all(
     plans = [plan for plan, _ in outputs]
     exporters = list(map(_exporter, plans))
     began, start_bytes, earlier_bytes = time.perf_counter(), resident_bytes(), peak_bytes()
-    threads, device = _threads(options), find_device(options.device)
+    device = find_device(options.device)
+    threads = _threads(options, device)
     predicted = working_bytes(plans, threads, _chunk_elements(options, device))
     steps = [step for plan in plans for step in plan.steps]
     for plan in plans:
@@ -119,8 +121,9 @@ def write_all(
             reading, measured = _reading(source, task), []
             try:
                 for index, r in task.outputs:
-                    value, found = rows.make(works[index], r, reading, scratch)
-                    stores[index].put(works[index], r, value)
+                    with _limits_of(device, works[index]):
+                        value, found = rows.make(works[index], r, reading, scratch)
+                        stores[index].put(works[index], r, value)
                     measured.append(found)
             except BaseException as exc:
                 for index, r in task.outputs:
@@ -179,11 +182,16 @@ def compute(
     work = works[0]
     if work.waits_for:
         raise PlanError(f"{work.name}: is made of other outputs, which only a whole run makes")
-    with Workers(_threads(options)) as workers:
+    with Workers(_threads(options, device)) as workers:
         rows = RowMaker(source, device, options.nonfinite)
         _scan(works, tasks, rows, workers, lambda _: None)
         ranges = [r for task in tasks for _, r in task.outputs]
-        made = workers.map(lambda r, scratch: _owned(rows.make(work, r, source, scratch)[0]), ranges)
+
+        def make(r: range, scratch: Scratch) -> Rows:
+            with _limits_of(device, work):
+                return _owned(rows.make(work, r, source, scratch)[0])
+
+        made = workers.map(make, ranges)
     try:
         return join(made, step.placed.output.shape)
     except EncodingError as exc:
@@ -205,6 +213,20 @@ def find_device(name: str) -> torch.device:
         reason = str(exc).strip().partition("\n")[0]
         raise DeviceError(f"no device {name!r} here: {reason}", hint=f"there is: {', '.join(here)}") from exc
     return device
+
+
+@contextlib.contextmanager
+def _limits_of(device: torch.device, work: Work) -> Iterator[None]:
+    """Where a device's memory may run out, or it lacks float64: an error that says for what."""
+    try:
+        yield
+    except torch.OutOfMemoryError as exc:
+        raise DeviceError(f"{device}: out of memory for {work.name}", hint="fewer --threads, another --device") from exc
+    except TypeError as exc:
+        if device.type == "cpu" or "float64" not in str(exc):
+            raise
+        reason = f"{device}: {work.name}: has no float64, which {work.step.scheme} searches with"
+        raise DeviceError(reason, hint="--rounding nearest, or --device cpu") from exc
 
 
 class _Meter:
@@ -229,10 +251,10 @@ def _exporter(plan: Plan) -> Exporter:
     return plan.exporter
 
 
-def _threads(options: RunOptions) -> int:
+def _threads(options: RunOptions, device: torch.device) -> int:
     if options.threads < 0 or options.chunk_elements < 1:
         raise PlanError(f"threads {options.threads} and chunk elements {options.chunk_elements} must be positive")
-    return options.threads or usable_cores()
+    return options.threads or (usable_cores() if device.type == "cpu" else min(usable_cores(), DEVICE_THREADS))
 
 
 def _chunk_elements(options: RunOptions, device: torch.device) -> int:

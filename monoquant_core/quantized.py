@@ -198,7 +198,7 @@ class QuantizedModel:
         """Write it. The path holds nothing, the old file or the complete new one, whatever happens.
 
         :param format: without it, what the suffix of the path says, or safetensors.
-        :param threads: 0 is one per usable core. They never change a byte.
+        :param threads: 0 is one per usable core, for an accelerator at most four. They never change a byte.
         :param force: replace what is there.
         :param nonfinite: whether NaN and infinity may stay in tensors that are kept.
         :raises MonoquantError: naming the file and the tensor.

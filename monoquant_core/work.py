@@ -24,7 +24,6 @@ from monoquant_core.encoding import Encoding
 from monoquant_core.errors import (
     CalibrationError,
     CheckError,
-    DeviceError,
     EncodingError,
     MonoquantError,
     PlanError,
@@ -125,7 +124,8 @@ class RowMaker:
         """Rows of an output as they are stored, and how far they are from their source. Checked."""
         try:
             value = read_rows(work.step, reading, rows, scratch)
-            if self.device.type != "cpu":
+            # What stays as it is, or is only cast, is not worth the way to an accelerator and back.
+            if self.device.type != "cpu" and (isinstance(value, QuantizedTensor) or work.step.action == "quantize"):
                 value = value.to(self.device)
             if isinstance(value, QuantizedTensor):
                 return self._repacked(value, work)
@@ -136,7 +136,7 @@ class RowMaker:
             if self.source.info.name in str(exc):
                 raise
             raise QuantizationError(f"{self.source.info.name}: {exc}", hint=exc.hint) from exc
-        except (Mismatch, EncodingError, torch.OutOfMemoryError) as exc:
+        except (Mismatch, EncodingError) as exc:
             raise self._named(exc, work, rows) from exc
 
     def absmax(self, work: Work, rows: range, reading: Reading, scratch: Scratch) -> float:
@@ -229,10 +229,6 @@ class RowMaker:
         if isinstance(failure, Mismatch):
             where = _element(work.step.placed.output.shape, rows, failure.index)
             return CheckError(f"{file}: {work.name}{where} {failure.reason}", hint=keep_hint(work))
-        if isinstance(failure, torch.OutOfMemoryError):
-            return DeviceError(
-                f"{self.device}: out of memory for {work.name}", hint="fewer --threads, another --device"
-            )
         return CheckError(f"{file}: {work.name}: {failure}", hint=keep_hint(work))
 
     def _refusal(

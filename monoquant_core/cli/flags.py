@@ -67,7 +67,11 @@ Keep = Annotated[
 ]
 Threads = Annotated[
     int,
-    typer.Option("--threads", min=0, help="Worker threads; 0 is one per usable core. They never change a byte."),
+    typer.Option(
+        "--threads",
+        min=0,
+        help="Worker threads; 0 is one per usable core, four for an accelerator. They never change a byte.",
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps, xpu.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 
 import torch
 
-from monoquant_core.blocks import absmax, absmax_scale, from_matrix, in_steps, power_of_two, tensor_magnitude, to_matrix
+from monoquant_core.blocks import (
+    absmax,
+    absmax_scale,
+    from_matrix,
+    in_steps,
+    number,
+    power_of_two,
+    span,
+    tensor_magnitude,
+    to_matrix,
+)
 from monoquant_core.encoding import FULL, Encoding, param_shape
 from monoquant_core.errors import QuantizationError
 from monoquant_core.schemes import Context
@@ -77,7 +87,7 @@ class _Chunk:
         largest, smallest = self.matrix.amax(1), self.matrix.amin(1)
         magnitude = torch.maximum(largest, -smallest)
         low, high = self.encoding.codes_range
-        coarsest = magnitude / max(high, -low)
+        coarsest = magnitude / number(max(high, -low), magnitude.device)
         if high == -low:
             return self._search(magnitude, self._plain(magnitude), coarsest, Codes(low, high))
         coarsest = torch.where((largest > -smallest) == (high > -low), coarsest, -coarsest)
@@ -132,9 +142,9 @@ class _Chunk:
         unscale = power.reciprocal().unsqueeze(1)
         ends = plain.float() / power, coarsest / power
         found = torch.empty_like(power)
-        span = max(1, SPAN // matrix.shape[1])
-        for first in range(0, len(power), span):
-            part = slice(first, first + span)
+        rows = max(1, span(SPAN, matrix.device) // matrix.shape[1])
+        for first in range(0, len(power), rows):
+            part = slice(first, first + rows)
             x = scratch.take("int.x", matrix[part].shape, torch.float32, matrix.device)
             torch.mul(matrix[part], unscale[part], out=x)
             weight = None if weights is None else weights[part]

@@ -2,6 +2,9 @@
 
 For codes q the best scale is ``<x, q> / <q, q>``, and it leaves the error ``<x, x> - <x, q>^2 / <q, q>``. So every
 candidate is refit to the codes it gives, and candidates are compared by the last term alone.
+
+Every processor and accelerator adds up in another order. So that all find the same scale, what is summed lies on a grid
+so coarse that the sums are exact in float64, and so fine that nothing is lost that counts.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from monoquant_core.blocks import number
 from monoquant_core.scratch import Scratch
 
 CANDIDATES = 6
@@ -18,8 +22,6 @@ SPAN = 1 << 16  #: elements to search at a time: three float32 buffers of them s
 
 #: the step that suits a unit normal best, by bits: J. Max, "Quantizing for minimum distortion" (1960), table II
 NORMAL_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
-
-_SEGMENT = 1 << 14  #: elements that are summed in one go; torch divides longer sums among its threads
 
 _FINEST = 0.85  #: of the coarsest candidate: the finest one is at most this, however flat the distribution
 
@@ -60,37 +62,49 @@ def best_scale(
     that suits a normal distribution of the same variance, evenly in ``1 / scale``: rows with outliers are tried with
     much finer scales, too.
 
-    :param x: float32 ``[blocks, elements]``.
-    :param weight: of every squared error, ``[blocks, elements]``.
+    :param x: float32 ``[blocks, elements]``, magnitudes below 4; overwritten.
+    :param weight: of every squared error, ``[blocks, elements]``, at most 1; overwritten.
     :param plain: ``[blocks]``, positive: the scale that clips nothing.
     :param coarsest: ``[blocks]``; its sign is that of the candidates.
     """
     q, product = (scratch.take(f"int.{name}", x.shape, torch.float32, x.device) for name in ("q", "product"))
-    deviation = _sums(torch.mul(x, x, out=product), x.new_empty(len(x))).div_(x.shape[1]).sqrt_()
+    wide = scratch.take("int.wide", x.shape, torch.float64, x.device)
+    unit = _unit(x.shape[1], bits)
+    _to_grid(x, unit)
+    squares = torch.sum(wide.copy_(_to_grid(torch.mul(x, x, out=product), unit)), 1).float()
+    # Through float64, because float32 roots are not rounded correctly everywhere.
+    deviation = (squares / number(x.shape[1], x.device)).double().sqrt_().float()
     finest = torch.minimum(deviation * NORMAL_STEP[bits], coarsest.abs() * _FINEST).copysign_(coarsest)
     first, stride = coarsest.reciprocal(), (finest.reciprocal() - coarsest.reciprocal()) / (CANDIDATES - 2)
     inverse = torch.stack([plain.reciprocal(), *(first + stride * k for k in range(CANDIDATES - 1))])
     if codes.both_signs:
         inverse[2::2].neg_()
-    wx = x if weight is None else torch.mul(x, weight, out=scratch.take("int.wx", x.shape, torch.float32, x.device))
-    xq, qq = x.new_empty(2, CANDIDATES, len(x))
+    wx = x
+    if weight is not None:
+        wx = scratch.take("int.wx", x.shape, torch.float32, x.device)
+        _to_grid(torch.mul(x, _to_grid(weight, unit), out=wx), unit)
+    xq, qq = torch.empty((2, CANDIDATES, len(x)), dtype=torch.float64, device=x.device)
+    exact = weight is None and x.shape[1] << 2 * bits <= 1 << 24  # sums of squares of codes, in float32
     for k in range(CANDIDATES):
         torch.mul(x, inverse[k].unsqueeze(1), out=q).round_()
         codes.clip_(q)
-        _sums(torch.mul(wx, q, out=product), xq[k])
+        torch.sum(wide.copy_(torch.mul(wx, q, out=product)), 1, out=xq[k])
         torch.mul(q, q, out=product)
-        _sums(product if weight is None else product.mul_(weight), qq[k])
+        if exact:
+            qq[k] = product.sum(1)
+        else:
+            torch.sum(wide.copy_(product if weight is None else product.mul_(weight)), 1, out=qq[k])
     refit = xq / qq
     # NaN where all codes are 0. max, because argmax over a leading axis is ten times slower.
     best = (refit * xq).nan_to_num_(-1.0).max(0, keepdim=True).indices
-    return torch.gather(refit, 0, best).squeeze(0)
+    return torch.gather(refit, 0, best).squeeze(0).float()
 
 
-def _sums(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The sum of every row, in an order that depends on nothing but the length of the rows."""
-    if values.shape[1] <= _SEGMENT:
-        return torch.sum(values, 1, out=out)
-    torch.sum(values[:, :_SEGMENT], 1, out=out)
-    for start in range(_SEGMENT, values.shape[1], _SEGMENT):
-        out += values[:, start : start + _SEGMENT].sum(1)
-    return out
+def _unit(elements: int, bits: int) -> float:
+    """Of the grid: sums of ``elements`` values, each the product of two codes or below it, are less than 2^53 units."""
+    return 2.0 ** ((elements - 1).bit_length() + 2 * bits - 53)
+
+
+def _to_grid(values: torch.Tensor, unit: float) -> torch.Tensor:
+    """Round to multiples, in place. So are products with whole numbers, rounded to float32 as they are."""
+    return values.mul_(1 / unit).round_().mul_(unit)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from monoquant_core.blocks import number
 from monoquant_gguf.kernels.ordered import clip, first_extreme, half, inverse, ordered_sum, root
 
 CANDIDATES = 6
@@ -80,11 +81,11 @@ def scaled(
     wx = w * x
     _, extreme = first_extreme(x)
     edge = grid.low if grid.low != -grid.high else grid.high
-    coarsest = extreme / torch.tensor(float(edge), device=x.device)
-    deviation = root(ordered_sum(x * x) / torch.tensor(float(len(x)), device=x.device))
+    coarsest = extreme / number(edge, x.device)
+    deviation = root(ordered_sum(x * x) / number(len(x), x.device))
     finest = torch.minimum(deviation * step, coarsest.abs() * FINEST)
     first = inverse(coarsest)
-    stride = (inverse(torch.where(coarsest < 0, -finest, finest)) - first) / torch.tensor(CANDIDATES - 1.0)
+    stride = (inverse(torch.where(coarsest < 0, -finest, finest)) - first) / number(CANDIDATES - 1, x.device)
     best, fit = torch.full_like(first, -1.0), torch.zeros_like(first)
     for k in range(CANDIDATES):
         q = grid.values(x * (first + stride * k))

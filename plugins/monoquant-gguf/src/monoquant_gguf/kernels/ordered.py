@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from monoquant_core.blocks import number
+
 _MAGIC = 12582912.0  #: 1.5 * 2^23: the sum with it has an integer in its last bits
 _HALF_MAX = 65504.0
 
 
 def nearest(x: torch.Tensor) -> torch.Tensor:
     """Nearest integers, ties to even; of what is not small, the same nonsense that C gets."""
+    if not x.is_cpu:
+        x = torch.where(x.isnan(), 0.0, x)  # what the bits of NaN give on processors; accelerators have other ones
     return ((x + _MAGIC).view(torch.int32) & 0x7FFFFF) - 0x400000
 
 
-def divide(number: float, x: torch.Tensor) -> torch.Tensor:
-    """``number / x``, rounded once: of a Python number torch would take the reciprocal first."""
-    return torch.tensor(number, dtype=torch.float32, device=x.device) / x
+def divide(of: float, x: torch.Tensor) -> torch.Tensor:
+    """``of / x``, rounded once: of a Python number torch would take the reciprocal first."""
+    return number(of, x.device) / x
 
 
 def inverse(d: torch.Tensor) -> torch.Tensor:
@@ -45,6 +49,14 @@ def ordered_sum(x: torch.Tensor) -> torch.Tensor:
     for row in x:
         total += row
     return total
+
+
+def folded_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sums over the leading axis, of a power of two elements: one half is added to the other until one is left."""
+    while len(x) > 1:
+        middle = len(x) // 2
+        x = x[:middle] + x[middle:]
+    return x[0]
 
 
 def row_sums(x: torch.Tensor) -> torch.Tensor:

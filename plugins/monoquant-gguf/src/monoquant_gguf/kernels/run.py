@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from monoquant_core.blocks import check_finite
+from monoquant_core.blocks import check_finite, span
 from monoquant_core.encoding import Encoding
 from monoquant_core.errors import QuantizationError
 from monoquant_core.schemes import Context
@@ -58,12 +58,12 @@ def quantize(
     plain = layout.name in SIMPLE and layout.name != "MXFP4" and weights is None
     lanes, elements = _searches(layout, weights, search, matrix.device)
     pieces = []
-    for span in _spans(context, matrix, weights, elements):
-        piece = matrix[span.start : span.stop].to(torch.float32).contiguous()
+    for part in _spans(context, matrix, weights, elements):
+        piece = matrix[part.start : part.stop].to(torch.float32).contiguous()
         weight = None
         if weights is not None:
             per_matrix = max(1, context.spec.shape[-2])
-            weight = weights[(context.rows.start + span.start) // per_matrix if len(weights) > 1 else 0]
+            weight = weights[(context.rows.start + part.start) // per_matrix if len(weights) > 1 else 0]
         if not plain:
             flat = piece.view(-1)
             if not math.isfinite(float(torch.dot(flat, flat))):  # squares of finite values may overflow, too
@@ -83,10 +83,10 @@ def _searches(
 ) -> tuple[ModuleType, int]:
     """What runs the searches, and how many elements at a time."""
     if layout.name in SIMPLE and weights is None and not (search and layout.name in better.NORMAL_STEP):
-        return in_torch, SEARCH_SPAN if search else SPAN
+        return in_torch, span(SEARCH_SPAN if search else SPAN, device)
     if device.type == "cpu" and (compiled := _compiled()) is not None:
         return compiled, SPAN
-    return in_torch, SEARCH_SPAN
+    return in_torch, span(SEARCH_SPAN, device)
 
 
 def _spans(context: Context, matrix: torch.Tensor, weights: torch.Tensor | None, elements: int) -> Iterator[range]:

@@ -12,13 +12,14 @@ from types import ModuleType
 
 import torch
 
+from monoquant_core.blocks import number
 from monoquant_core.encoding import Encoding
 from monoquant_core.scratch import Scratch
 from monoquant_gguf.blocks.parts import Parts, to_tensor
 from monoquant_gguf.kernels import searched
 from monoquant_gguf.kernels.fits import CANDIDATES, Grid, Nested
 from monoquant_gguf.kernels.lanes import codebook_index
-from monoquant_gguf.kernels.ordered import inverse
+from monoquant_gguf.kernels.ordered import folded_sum, inverse
 from monoquant_gguf.kernels.simple import mxfp4, mxfp4_codes
 from monoquant_gguf.layouts import IQ4_VALUES, TERNARY, Layout
 
@@ -70,17 +71,17 @@ class _Problem:
         return values if self.weights is None else values * self.weights
 
     def errors(self, parts: Parts) -> torch.Tensor:
-        """Squared errors of all elements, ``[blocks, elements]``, as float64: no sum of them loses or overflows."""
+        """Squared errors of all blocks, as float64: no sum of them loses or overflows."""
         difference = (to_tensor(parts, self.layout, tuple(self.x.shape)).dequantize() - self.x).double()
-        return self.weighted(difference.square_())
+        return _sums(self.weighted(difference.square_()))
 
 
 def _best(problem: _Problem, options: Sequence[Parts]) -> Parts:
     """Of each block the option with the least error, the first of several."""
     kept, *others = options
-    least = problem.errors(kept).sum(1)
+    least = problem.errors(kept)
     for other in others:
-        error = problem.errors(other).sum(1)
+        error = problem.errors(other)
         better = error < least
         least = torch.where(better, error, least)
         kept = _merged(better, other, kept)
@@ -99,6 +100,11 @@ def _merged(chosen: torch.Tensor, a: Parts, b: Parts) -> Parts:
     assert codes is not None
     assert d is not None
     return Parts(codes, d, pick(a.scales, b.scales), pick(a.dmin, b.dmin), pick(a.mins, b.mins))
+
+
+def _sums(values: torch.Tensor) -> torch.Tensor:
+    """Of every block, in an order that is the same everywhere."""
+    return folded_sum(values.t())
 
 
 def _half(values: torch.Tensor) -> torch.Tensor:
@@ -148,11 +154,11 @@ def _ternary(problem: _Problem, start: Parts, lanes: ModuleType) -> list[Parts]:
     """The scale and the codes that suit each other, from two beginnings: the mean magnitude and half the largest."""
     options = []
     magnitude = problem.x.abs()
-    for scale in (magnitude.mean(1), magnitude.amax(1) / 2):
+    for scale in (_sums(magnitude) / magnitude.shape[1], magnitude.amax(1) / 2):
         d = _half(scale)
         for _ in range(4):
             codes = _codes(problem.x, d, *TERNARY)
-            xl, ll = (problem.weighted(problem.x) * codes).sum(1), problem.weighted(codes * codes).sum(1)
+            xl, ll = _sums(problem.weighted(problem.x) * codes), _sums(problem.weighted(codes * codes))
             d = torch.where(ll > 0, _half(xl / ll), d)
         options.append(Parts(_codes(problem.x, d, *TERNARY).to(torch.int8), d))
     return options
@@ -166,33 +172,26 @@ def _mxfp4(problem: _Problem, start: Parts, lanes: ModuleType) -> list[Parts]:
 
 def _range(problem: _Problem, start: Parts, lanes: ModuleType) -> list[Parts]:
     """Narrower ranges, refit for scale and minimum."""
-    x, levels = problem.x, problem.layout.encoding_for(2).element.code_range[1]
-    low, high = x.amin(1), x.amax(1)
-    weights = torch.ones_like(x) if problem.weights is None else problem.weights
+    x, levels = problem.x.t().contiguous(), problem.layout.encoding_for(2).element.code_range[1]
+    low, high = x.amin(0), x.amax(0)
+    weights = torch.ones_like(x) if problem.weights is None else problem.weights.t().contiguous()
+    w, wx = folded_sum(weights), folded_sum(weights * x)
     options = []
     for k in range(CANDIDATES):
         width = (high - low) * (1 - 0.05 * k)
-        d, minimum = width / levels, (high + low - width) / 2
+        d, minimum = width / number(levels, x.device), (high + low - width) / 2
         for _ in range(2):
-            q = ((x - minimum.unsqueeze(1)) * inverse(d).unsqueeze(1)).round_().clamp_(0, levels)
-            d, minimum = _line(x, q, weights, d, minimum)
+            q = ((x - minimum) * inverse(d)).round_().clamp_(0, levels)
+            wq = weights * q
+            l1, l2, xl = folded_sum(wq), folded_sum(wq * q), folded_sum(wq * x)
+            determinant = w * l2 - l1 * l1
+            solvable = determinant > 0
+            d = torch.where(solvable, (w * xl - wx * l1) / determinant, d)
+            minimum = torch.where(solvable, (l2 * wx - l1 * xl) / determinant, minimum)
         half, dmin = _half(d), _half(minimum)
-        q = ((x - dmin.float().unsqueeze(1)) * inverse(half.float()).unsqueeze(1)).round_().clamp_(0, levels)
-        options.append(Parts(q.nan_to_num_(0.0).to(torch.uint8), half, dmin=dmin))
+        q = ((x - dmin.float()) * inverse(half.float())).round_().clamp_(0, levels)
+        options.append(Parts(q.nan_to_num_(0.0).to(torch.uint8).t().contiguous(), half, dmin=dmin))
     return options
-
-
-def _line(
-    x: torch.Tensor, q: torch.Tensor, weights: torch.Tensor, slope: torch.Tensor, intercept: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slope and intercept of the line through ``(q, x)`` over the last axis; those given where there is none."""
-    wq = weights * q
-    w, wx = weights.sum(-1), (weights * x).sum(-1)
-    l1, l2, xl = wq.sum(-1), (wq * q).sum(-1), (wq * x).sum(-1)
-    determinant = w * l2 - l1 * l1
-    solvable = determinant > 0
-    a, b = (w * xl - wx * l1) / determinant, (l2 * wx - l1 * xl) / determinant
-    return torch.where(solvable, a, slope), torch.where(solvable, b, intercept)
 
 
 def _codebook(problem: _Problem, start: Parts, lanes: ModuleType) -> list[Parts]:

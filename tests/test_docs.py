@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import monoquant_core as mq
 from monoquant_core import declarations, errors, hookspecs, testing
@@ -173,7 +172,7 @@ def paths(value: Any, path: str = "") -> Iterator[str]:
 
 
 def test_json_of_every_command_is_documented(llama: Path, in_tmp: Path) -> None:
-    np.savez("ids.npz", input_ids=np.random.default_rng(0).integers(0, 64, (8, 12)))
+    np.savez("ids.npz", input_ids=np.random.default_rng(0).integers(0, 96, (8, 12)))
     sections = re.split(r"\n## ", (DOCS / "json.md").read_text())[1:]
     documented = {
         section.partition("\n")[0]: {
@@ -287,24 +286,6 @@ def files_in(page: Path) -> dict[str, str]:
     """Examples that begin with the name of the file they are."""
     found = re.findall(r"```\w+\n# file: (\S+)\n(.*?)```", page.read_text(), re.DOTALL)
     return dict(found)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama that transformers made, small enough for examples."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("llama") / "model"
-    config = transformers.LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

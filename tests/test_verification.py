@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,22 +26,6 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "monoquant_core.cli", "verify", *map(str, words)], capture_output=True, text=True
     )
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-    )
-    path = tmp_path_factory.mktemp("llama")
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -215,12 +200,10 @@ def test_the_command_shows_a_table(llama: Path, quantized: Path) -> None:
     assert "within" in row
 
 
-def test_a_model_of_another_shape_is_refused(quantized: Path, llama: Path, tmp_path: Path) -> None:
-    config = json.loads((llama / "config.json").read_text()) | {"intermediate_size": 128}
-    small = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
-    small.save_pretrained(tmp_path / "small")
+def test_a_model_of_another_shape_is_refused(quantized: Path, pretrained: Callable[..., Path], tmp_path: Path) -> None:
+    pretrained(tmp_path / "small", "LlamaForCausalLM", intermediate_size=128)
     with pytest.raises(
-        SourceError, match=r"does not fit .* other shapes: .*down_proj\.weight \[128, 256\] for \[128, 128\]"
+        SourceError, match=r"does not fit .* other shapes: .*down_proj\.weight \[128, 384\] for \[128, 128\]"
     ):
         mq.verify(quantized, tmp_path / "small")
 

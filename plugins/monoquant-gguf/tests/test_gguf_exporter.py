@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -228,12 +229,8 @@ def test_types_of_floats_follow_the_converter(outtype: str, dtype: str, minilm: 
     assert any("sentence-transformers' Normalize" in note for note in report.notes)
 
 
-def test_a_bfloat16_checkpoint_stays_bfloat16(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+def test_a_bfloat16_checkpoint_stays_bfloat16(pretrained: Callable[..., Path], tmp_path: Path) -> None:
+    pretrained(tmp_path / "model", "LlamaForCausalLM", dtype=torch.bfloat16)
     mq.export(tmp_path / "model", tmp_path / "m.gguf", "gguf", format_options={"tokenizer": "none"})
     specs = load(tmp_path / "m.gguf").specs()
     assert {s.dtype for s in specs if len(s.shape) > 1} == {"bfloat16"}

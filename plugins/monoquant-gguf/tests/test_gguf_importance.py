@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,20 +59,10 @@ def test_importance_is_that_of_llama_cpps_matrix(tmp_path: Path, llamacpp: Modul
 
 
 @pytest.mark.parametrize(("scheme", "options"), [("Q5_1", {}), ("int4", {"group_size": 32})])
-def test_every_expert_of_a_stack_has_its_own(scheme: str, options: dict[str, Any], tmp_path: Path) -> None:
-    config = transformers.MixtralConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=3,
-        num_experts_per_tok=2,
-        sliding_window=None,
-    )
-    torch.manual_seed(0)
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+def test_every_expert_of_a_stack_has_its_own(
+    scheme: str, options: dict[str, Any], pretrained: Callable[..., Path], tmp_path: Path
+) -> None:
+    pretrained(tmp_path / "model", "MixtralForCausalLM", intermediate_size=96, num_local_experts=3)
     name = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
     known = {name.format(i): stats(uneven(96, seed=i)) for i in (0, 2)}  # nothing reached the second
     how: Any = {"format": "gguf", "format_options": {"tokenizer": "none"}}

@@ -33,32 +33,8 @@ def quiet():
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    """A tiny Llama with an odd MLP width, as transformers saves it."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-        tie_word_embeddings=False,
-    )
-    path = tmp_path_factory.mktemp("llama")
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=96
-    )
-    path = tmp_path_factory.mktemp("bert")
-    transformers.BertModel(config).save_pretrained(path)
-    return path
+def bert(pretrained, tmp_path_factory) -> Path:
+    return pretrained(tmp_path_factory.mktemp("bert") / "model", "BertModel")
 
 
 def load(path: Path, auto: type | None = None, **options):
@@ -224,12 +200,8 @@ def test_tied_head_is_written_once(llama, tmp_path):
     check_exact(loaded, path)
 
 
-def test_tied_head_of_a_masked_language_model(tmp_path):
-    config = transformers.BertConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=96
-    )
-    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "float")
-    path = quantize(tmp_path / "float", tmp_path / "out", "int8")
+def test_tied_head_of_a_masked_language_model(pretrained, tmp_path):
+    path = quantize(pretrained(tmp_path / "float", "BertForMaskedLM"), tmp_path / "out", "int8")
     assert check_exact(load(path, transformers.AutoModelForMaskedLM), path) > 5
 
 
@@ -253,18 +225,9 @@ def test_shards_are_exact(llama, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["int8", "int4 g32", "fp8"])
-def test_experts_are_exact(tmp_path, case):
+def test_experts_are_exact(pretrained, tmp_path, case):
     """transformers joins the experts of a layer, and decompresses them while it loads."""
-    config = transformers.MixtralConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-        num_local_experts=3,
-    )
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "float")
+    pretrained(tmp_path / "float", "MixtralForCausalLM", num_local_experts=3)
     scheme, options = SCHEMES[case]
     path = quantize(tmp_path / "float", tmp_path / "out", scheme, options)
     assert r"re:.*\blayers\.\d+\.block_sparse_moe\.gate$" in quantization(path)["ignore"]

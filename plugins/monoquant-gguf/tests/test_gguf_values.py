@@ -325,3 +325,15 @@ def test_memory_of_the_accelerator_is_predicted() -> None:
     ):
         quantizer = GgmlQuantizer(name, TypeOptions(rounding))
         assert bool(quantizer.process_bytes) == (expected and numba), name
+
+
+@pytest.mark.parametrize("magnitude", [1e-36, 1e-3, 1.0, 1e20, 1e30, 1e38])
+def test_mxfp4_of_any_magnitude_is_within_a_step(magnitude: float) -> None:
+    """Up to the largest powers of two, as gguf decodes them: what is largest, 4 to 8 units, becomes at most 6."""
+    x = torch.linspace(-1, 1, 32).mul_(magnitude).view(1, 32)
+    layout = by_name("MXFP4")
+    context = Context(TensorSpec("w", (1, 32), "float32"), range(1), Scratch())
+    made = quantize(layout, x, layout.encoding_for(2), context, search=False)
+    raw = blocks.pack(made, layout)
+    decoded = gguf.quants.dequantize(raw.numpy().reshape(1, -1), gguf.GGMLQuantizationType.MXFP4)
+    assert float((torch.from_numpy(decoded).double() - x.double()).abs().max()) <= 0.25 * magnitude

@@ -86,7 +86,8 @@ class Rule:
         data: dict[str, Any] = {"match": list(self.match)} if self.match else {}
         data |= {key: getattr(self, key) for key in ("kind", "module") if getattr(self, key)}
         data["scheme"] = self.scheme
-        return data | ({"options": dict(self.options)} if self.options else {})
+        data |= {"options": dict(self.options)} if self.options else {}
+        return data | ({"reason": self.reason} if self.reason else {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,8 +193,11 @@ class Chooser:
                 near = near_names(rule.match[0], specs)
                 hint = f"names like it: {', '.join(near)}" if near else "the model has no tensors"
             else:
-                present = {getattr(s, "module" if rule.module else "kind") for s in specs} - {""}
-                hint = f"the model has: {', '.join(sorted(present)) or 'none that are known'}"
+                what = "module" if rule.module else "kind"
+                present = {getattr(s, what) for s in specs} - {""}
+                hint = f"the model has: {', '.join(sorted(present))}"
+                if not present:
+                    hint = f"no {what} is known of its tensors: use match (classes are known of modules and .pt2 programs)"
             raise RecipeError(f"{rule.label} matches none of the {len(specs)} tensors", hint=hint)
 
     def _spelled(self, name: str) -> str:

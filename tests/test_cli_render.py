@@ -119,11 +119,16 @@ def test_sections_replace_a_table_that_is_too_wide() -> None:
 
 def on_terminal(code: str, columns: int) -> str:
     """What a program prints on a terminal that wide, without colours."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent_to_terminal(code, columns)).replace("\r\n", "\n")
+
+
+def sent_to_terminal(code: str, columns: int, status: int = 0) -> str:
+    """What a program that ends with this status sends to a terminal, by stdout and stderr."""
     import pty
 
     parent, child = pty.openpty()
     env = {**os.environ, "COLUMNS": str(columns), "LINES": "40", "TERM": "xterm"}
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=child, stderr=subprocess.PIPE, env=env)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=child, stderr=child, env=env)
     os.close(child)
     shown = b""
     while True:
@@ -135,12 +140,44 @@ def on_terminal(code: str, columns: int) -> str:
             break
         shown += read
     os.close(parent)
-    assert process.wait() == 0, process.stderr.read() if process.stderr else ""
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r\n", "\n")
+    assert process.wait() == status, shown.decode()
+    return shown.decode()
 
 
 def events(stage: str = "write") -> list[Progress]:
     return [Progress(stage, f"t{i}", i * 1_000_000, 4_000_000) for i in range(1, 5)]  # type: ignore[arg-type]
+
+
+HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
+BAR = """
+from monoquant_core.cli.progress import reporter
+from monoquant_core.report import Progress
+with reporter(quiet=False) as show:
+    print("planned")
+    for stage in ("scan", "write", "sync", "done"):
+        show(Progress(stage, "t", 3_000_000, 4_000_000))
+        if stage == END:
+            break
+    AND
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_progress_is_a_bar_on_a_terminal_from_the_first_event_on() -> None:
+    sent = sent_to_terminal(BAR.replace("END", "'done'").replace("AND", ""), columns=100)
+    assert sent.index("planned") < sent.index(HIDE) < sent.index("first pass") < sent.index("writing")
+    assert "3.0/4.0 MB" in sent
+    assert sent.index("to disk") < sent.rindex(SHOW)
+    assert HIDE not in sent_to_terminal(BAR.split("    for")[0], columns=100)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_leaving_at_once_shows_the_cursor_again() -> None:
+    """As Ctrl-C during an import does, while the bar hides it."""
+    leave = "from monoquant_core.cli import signals; signals._exit(130)"
+    sent = sent_to_terminal(BAR.replace("END", "'write'").replace("AND", leave), columns=100, status=130)
+    assert HIDE in sent
+    assert sent.rindex(SHOW) > sent.rindex(HIDE)
 
 
 def test_progress_is_lines_where_there_is_no_terminal(

@@ -58,7 +58,7 @@ def test_toml_round_trip(tmp_path):
         "int4",
         {"group_size": 64},
         "default",
-        (Rule("int8", ("*.down_proj", "re:x"), options={"symmetric": False}), Rule(KEEP, kind="conv")),
+        (Rule("int8", ("*.down_proj", "re:x"), options={"symmetric": False}), Rule(KEEP, kind="conv", reason="small")),
     )
     path = tmp_path / "recipe.toml"
     path.write_text(tomli_w.dumps(recipe.to_dict()))

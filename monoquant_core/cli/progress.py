@@ -58,20 +58,24 @@ def _bar() -> Iterator[ProgressCallback]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     # transient: the summary says it all, and stdout may be the same terminal
-    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        stage = ""
+    bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    task = bar.add_task("", total=None)
+    stage = ""
 
-        def show(event: Progress) -> None:
-            nonlocal stage
-            if event.stage == "done":
-                return
-            if event.stage != stage:
-                stage = event.stage
-                bar.reset(task, total=event.total_bytes, description=STAGES[stage])
-            bar.update(task, completed=event.done_bytes)
+    def show(event: Progress) -> None:
+        nonlocal stage
+        if event.stage == "done":
+            return
+        if event.stage != stage:
+            stage = event.stage
+            bar.reset(task, total=event.total_bytes, description=STAGES[stage])
+            bar.start()  # not before: what is refused in planning has nothing to show
+        bar.update(task, completed=event.done_bytes)
 
+    try:
         yield show
+    finally:
+        bar.stop()
 
 
 class _Lines:

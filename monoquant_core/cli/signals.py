@@ -1,12 +1,16 @@
 """Signals: Ctrl-C and SIGTERM end the command quickly and quietly. Installed before anything heavy is imported."""
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 
 BROKEN_PIPE = 141  #: what a shell reports for a program that SIGPIPE ended
 GRACE_SECONDS = 4.0  #: for partial files to be removed; PROMISES 6 allows five seconds in all
+
+_SHOW_CURSOR = b"\033[?25h"  #: progress bars hide it
 
 _leaving = False
 
@@ -32,13 +36,21 @@ def _leave(number: int, frame: FrameType | None) -> None:
     # An exception inside an import may be swallowed or turned into another one by C code, and there is nothing to
     # clean up yet; a second signal means that the first was not quick enough.
     if _leaving or _importing(frame):
-        os._exit(status)
+        _exit(status)
     _leaving = True
     # Also when the exception is lost, as in a finalizer, or a long call does not return: the process ends in time.
-    timer = threading.Timer(GRACE_SECONDS, os._exit, [status])
+    timer = threading.Timer(GRACE_SECONDS, _exit, [status])
     timer.daemon = True
     timer.start()
     raise Quit(status)
+
+
+def _exit(status: int) -> None:
+    """Leave at once, the terminal as it was."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), _SHOW_CURSOR)
+    os._exit(status)
 
 
 def _importing(frame: FrameType | None) -> bool:

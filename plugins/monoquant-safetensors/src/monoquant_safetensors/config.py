@@ -133,11 +133,13 @@ def _patterns(modules: Sequence[str], known: Sequence[str]) -> list[str]:
     """
     inside, found = set(modules), []
     matched: dict[str, set[str]] = {}  # modules of one kind in all layers share a pattern
+    fitting: dict[str, bool] = {}
 
-    def fits(pattern: str, among: Iterable[str]) -> bool:
-        if pattern not in matched:
-            matched[pattern] = _matches(pattern, among)
-        return matched[pattern] <= inside
+    def fits(pattern: str, wider: str) -> bool:
+        if pattern not in fitting:
+            matched[pattern] = _matches(pattern, matched.get(wider, known))
+            fitting[pattern] = matched[pattern] <= inside
+        return fitting[pattern]
 
     for module in modules:
         head, tail = _split(module)
@@ -145,7 +147,7 @@ def _patterns(modules: Sequence[str], known: Sequence[str]) -> list[str]:
         every, one = (_numbered(tail, keep) for keep in (0, 1))  # all layers, or one and all of its experts
         choices = [(f"re:.*{place}{every}$", "") for place in places]
         choices += [(f"re:.*{place}{one}$", f"re:.*{place}{every}$") for place in places if one != every]
-        found.append(next((p for p, wider in choices if fits(p, matched.get(wider, known))), module))
+        found.append(next((p for p, wider in choices if fits(p, wider)), module))
     return list(dict.fromkeys(found))
 
 

@@ -10,6 +10,7 @@ from monoquant_core.errors import PlanError, UnsupportedEncodingError
 from monoquant_core.exporters import Drop, Exporter, Holds, Output, Placed, Refuses, Repacks, Verdict
 from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.planning import Action, Decision, OnUnsupported, Step, alike, listing
+from monoquant_core.recipe import KEEP
 from monoquant_core.schemes import Proposal, Quantizer, Refusal
 from monoquant_core.selection import Chooser
 
@@ -168,17 +169,22 @@ class Placer:
         if isinstance(verdict, Refuses):
             self.from_finished_file = True
             if self.on_unsupported == "dequantize":
-                reason = f"{verdict.reason}; dequantized as asked"
-                self._redecide([first], "dequantize", reason)
-                return self._step(out, None, self._verdict(out, None), specs, "dequantize", reason)
+                return self._dequantize(out, first, specs, f"{verdict.reason}; dequantized as asked")
             if self.on_unsupported == "requantize":
                 return self._requantize(out, first, specs, verdict)
         return self._step(out, proposal, verdict, specs, "keep", first.reason)
+
+    def _dequantize(self, out: Output, first: Decision, specs: tuple[TensorSpec, ...], reason: str) -> Step | None:
+        self._redecide([first], "dequantize", reason)
+        return self._step(out, None, self._verdict(out, None), specs, "dequantize", reason)
 
     def _requantize(self, out: Output, first: Decision, specs: tuple[TensorSpec, ...], refusal: Refuses) -> Step | None:
         chooser = self.chooser
         if not chooser.scheme:
             raise PlanError("--on-unsupported requantize needs the scheme to quantize with", hint="add --scheme NAME")
+        rule = chooser.base_rule(first.spec)
+        if rule is not None and rule.scheme == KEEP:  # as it would be of a float checkpoint
+            return self._dequantize(out, first, specs, f"{refusal.reason}; a float here: {rule.reason or rule.label}")
         label, quantizer = chooser.bind(chooser.scheme, chooser.options, "--scheme")
         spec = dataclasses.replace(first.spec, encoding=None, activation=None)
         proposal = chooser.propose(quantizer, spec, spec.name)

@@ -108,7 +108,7 @@ class QuantizedModel:
             registry=self._registry,
             scheme=self._scheme if self._quantizing or on_unsupported == "requantize" else "",
             scheme_options=self._options,
-            recipe=self._recipe if self._quantizing else Recipe(base="none"),
+            recipe=self._recipe if self._quantizing or on_unsupported == "requantize" else Recipe(base="none"),
             rules=self._rules,
             format=format,
             format_options=format_options,

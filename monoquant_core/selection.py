@@ -43,14 +43,17 @@ class Chooser:
         specs: Sequence[TensorSpec],
         format_base: str = "",
         stats: Mapping[str, TensorStats] | None = None,
+        *,
+        quantizing: bool = True,
     ) -> None:
-        self.registry, self.model, self.stats = registry, info.name, stats or {}
+        """:param quantizing: whether floats get the scheme; else it is for finished tensors that a format refuses."""
+        self.registry, self.model, self.stats, self.quantizing = registry, info.name, stats or {}, quantizing
         self.own_rules = (*rules, *recipe.rules)
         self.scheme, self.options = scheme or recipe.scheme, dict(recipe.options) | dict(scheme_options)
         if scheme and recipe.scheme and scheme.lower() != recipe.scheme.lower():
             self.options = dict(scheme_options)
         self.base = recipe.base
-        if self.scheme.lower() in registry.recipes:
+        if quantizing and self.scheme.lower() in registry.recipes:
             if recipe.base:
                 raise RecipeError(f"{self.scheme!r} is itself a recipe; leave out base = {recipe.base!r}")
             self.base, base_options, self.scheme, self.options = self.scheme, self.options, "", {}
@@ -78,7 +81,9 @@ class Chooser:
             if rule is not None and rule.scheme != KEEP and rule.match == (spec.name,):
                 raise PlanError(f"{spec.name}: {spec.dtype} is not a float that {rule.scheme} can quantize")
             return Decision(spec, "keep", f"{spec.dtype}: not a float to be quantized")
-        rule = rule or next((r for r in self.base_rules if r.matches(spec)), None)
+        if not self.quantizing:
+            return Decision(spec, "keep", "a float, and it stays one")
+        rule = rule or self.base_rule(spec)
         chosen: Literal["rule", "default"] = "rule" if own else "default"
         if rule is not None and rule.scheme == KEEP:
             return Decision(spec, "keep", rule.reason or rule.label, chosen=chosen)
@@ -102,6 +107,10 @@ class Chooser:
         if action == "cast" and proposal.encoding == spec.dtype:
             return Decision(spec, "keep", f"is {spec.dtype} already", chosen=chosen)
         return Decision(spec, action, reason, proposal, label, quantizer, chosen)
+
+    def base_rule(self, spec: TensorSpec) -> Rule | None:
+        """The first rule of the base recipe that matches."""
+        return next((r for r in self.base_rules if r.matches(spec)), None)
 
     def propose(self, quantizer: Quantizer, spec: TensorSpec, source: str) -> Proposal | Refusal:
         """What a scheme would make of a tensor, with the range of its layer's input where that is known.
@@ -197,7 +206,9 @@ class Chooser:
                 present = {getattr(s, what) for s in specs} - {""}
                 hint = f"the model has: {', '.join(sorted(present))}"
                 if not present:
-                    hint = f"no {what} is known of its tensors: use match (classes are known of modules and .pt2 programs)"
+                    hint = (
+                        f"no {what} is known of its tensors: use match (classes are known of modules and .pt2 programs)"
+                    )
             raise RecipeError(f"{rule.label} matches none of the {len(specs)} tensors", hint=hint)
 
     def _spelled(self, name: str) -> str:

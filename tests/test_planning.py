@@ -360,8 +360,14 @@ def test_on_unsupported(registry):
     assert "--on-unsupported" in e.value.hint
     plan = decide(registry, specs, scheme="", on_unsupported="dequantize", **base)
     assert [(s.action, s.placed.held.layout) for s in plan.steps] == [("dequantize", "float32"), ("keep", "q8")]
-    plan = decide(registry, specs, on_unsupported="requantize", **base)
-    assert [s.action for s in plan.steps] == ["quantize", "keep"]
+    floats = [weight("c.weight"), weight("n.weight", 8), weight("c.bias", 8)]
+    plan = decide(registry, [*specs, *floats], on_unsupported="requantize", recipe=Recipe(base="none"), **base)
+    assert [s.action for s in plan.steps] == ["quantize", *["keep"] * 4]  # floats stay floats
+    assert {d.reason for d in plan.decisions[2:]} == {"a float, and it stays one"}
+    head = weight("lm_head.weight", encoding=FOUR)
+    plan = decide(registry, [*specs, head], on_unsupported="requantize", **base)
+    assert [s.action for s in plan.steps] == ["quantize", "keep", "dequantize"]  # the recipe keeps heads
+    assert "a float here: output head" in plan.decisions[2].reason
     with pytest.raises(PlanError, match="needs the scheme"):
         decide(registry, specs, scheme="", on_unsupported="requantize", **base)
 

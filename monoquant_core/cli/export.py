@@ -7,7 +7,6 @@ import typer
 from monoquant_core.cli import flags
 from monoquant_core.cli.options import Typed, roles, with_options
 from monoquant_core.cli.saving import save_or_plan
-from monoquant_core.cli.selection import named_scheme
 from monoquant_core.plugins import Registry
 
 Requantize = Annotated[
@@ -62,7 +61,8 @@ def register(app: typer.Typer, registry: Registry) -> None:
             raise flags.missing_output()
         api.check_exported(scheme, on_unsupported.value)
         format = format or format_for(output or "", registry)
-        options = typed.options(scheme=named_scheme(registry, scheme), format=registry.exporter(format))
+        chosen = registry.scheme(scheme) if scheme else None  # not a recipe
+        options = typed.options(scheme=chosen, format=registry.exporter(format))
         saving: dict[str, Any] = {
             "format": format,
             "format_options": options["format"],

@@ -51,8 +51,8 @@ def make_plan(
     :param format: name of an exporter; without one the plan stays in memory.
     :param on_unsupported: what to do with tensors of a finished file that the format cannot hold.
     :param destination: name of the file or folder to be written.
-    :param quantizing: whether floats are quantized, and a plan that quantizes nothing is an error; else ``scheme`` is
-        for finished tensors that the format cannot hold.
+    :param quantizing: whether a plan that quantizes nothing is an error. If not, and ``on_unsupported`` is
+        "requantize", ``scheme`` is for finished tensors that the format cannot hold.
     :param stats: calibration statistics by point, see :mod:`monoquant_core.stats`.
     :raises PlanError: naming all tensors concerned, before anything is read.
     :raises RecipeError: for a rule that matches nothing.
@@ -70,8 +70,9 @@ def make_plan(
         if stats is not None and with_stats is not None:
             exporter = with_stats(stats)
     format_base = getattr(exporter, "recipe", "") or (declared.recipe if declared else "")
+    floats_stay = not quantizing and (not scheme or on_unsupported == "requantize")
     chosen = scheme_options or {}
-    chooser = Chooser(registry, recipe, rules, scheme, chosen, info, specs, format_base, stats, quantizing=quantizing)
+    chooser = Chooser(registry, recipe, rules, scheme, chosen, info, specs, format_base, stats, floats_stay=floats_stay)
     decisions = [chooser.decide(spec) for spec in specs]
     if chooser.hopeless:
         chooser.report_refusals()

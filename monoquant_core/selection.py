@@ -44,16 +44,16 @@ class Chooser:
         format_base: str = "",
         stats: Mapping[str, TensorStats] | None = None,
         *,
-        quantizing: bool = True,
+        floats_stay: bool = False,
     ) -> None:
-        """:param quantizing: whether floats get the scheme; else it is for finished tensors that a format refuses."""
-        self.registry, self.model, self.stats, self.quantizing = registry, info.name, stats or {}, quantizing
+        """:param floats_stay: whether the scheme is only for finished tensors that a format refuses."""
+        self.registry, self.model, self.stats, self.floats_stay = registry, info.name, stats or {}, floats_stay
         self.own_rules = (*rules, *recipe.rules)
         self.scheme, self.options = scheme or recipe.scheme, dict(recipe.options) | dict(scheme_options)
         if scheme and recipe.scheme and scheme.lower() != recipe.scheme.lower():
             self.options = dict(scheme_options)
         self.base = recipe.base
-        if quantizing and self.scheme.lower() in registry.recipes:
+        if not floats_stay and self.scheme.lower() in registry.recipes:
             if recipe.base:
                 raise RecipeError(f"{self.scheme!r} is itself a recipe; leave out base = {recipe.base!r}")
             self.base, base_options, self.scheme, self.options = self.scheme, self.options, "", {}
@@ -81,7 +81,7 @@ class Chooser:
             if rule is not None and rule.scheme != KEEP and rule.match == (spec.name,):
                 raise PlanError(f"{spec.name}: {spec.dtype} is not a float that {rule.scheme} can quantize")
             return Decision(spec, "keep", f"{spec.dtype}: not a float to be quantized")
-        if not self.quantizing:
+        if self.floats_stay:
             return Decision(spec, "keep", "a float, and it stays one")
         rule = rule or self.base_rule(spec)
         chosen: Literal["rule", "default"] = "rule" if own else "default"

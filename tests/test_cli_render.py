@@ -168,7 +168,7 @@ def test_progress_is_a_bar_on_a_terminal_from_the_first_event_on() -> None:
     assert sent.index("planned") < sent.index(HIDE) < sent.index("first pass") < sent.index("writing")
     assert "3.0/4.0 MB" in sent
     assert sent.index("to disk") < sent.rindex(SHOW)
-    assert HIDE not in sent_to_terminal(BAR.split("    for")[0], columns=100)
+    assert HIDE not in sent_to_terminal(BAR.split("    for", maxsplit=1)[0], columns=100)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")

@@ -135,18 +135,17 @@ def group_block(spec: TensorSpec, size: int) -> tuple[int, ...] | Refusal:
 
     A convolution is taken as ``[out, in * k * k]``, as every runtime takes it.
     """
+    hint = "--granularity channel needs no groups"
     if spec.kind == "conv_transpose":
-        return Refusal(
-            "the rows of a transposed convolution mix output channels, so they cannot be cut into groups",
-            hint="--granularity channel quantizes it",
-        )
+        return Refusal("the rows of a transposed convolution mix output channels: they cannot be cut into groups", hint)
     flat = spec.kind == "conv" and len(spec.shape) > 2
     row = spec.shape[0] if spec.transposed else math.prod(spec.shape[1:]) if flat else spec.shape[-1]
     if row % size:
         divisors = {d for i in range(1, math.isqrt(row) + 1) if row % i == 0 for d in (i, row // i)}
-        fitting = sorted((d for d in divisors if d >= 16), key=lambda d: (abs(d - size), d))[:4]
-        sizes = f"group sizes that fit rows of {row}: {', '.join(map(str, fitting))}; " if fitting else ""
-        return Refusal(f"groups of {size} do not divide its rows of {row}", f"{sizes}--granularity channel needs none")
+        nearest = sorted((d for d in divisors if d >= 16), key=lambda d: (abs(d - size), d))[:4]
+        *others, last = map(str, sorted(nearest) or [""])
+        fitting = f"; groups of {', '.join(others)}{' or ' if others else ''}{last} do" if last else ""
+        return Refusal(f"groups of {size} do not divide its rows of {row}{fitting}", hint)
     if spec.transposed:
         return (size, 1)
     return per_group(2 if flat else len(spec.shape), size)

@@ -143,8 +143,7 @@ def group_block(spec: TensorSpec, size: int) -> tuple[int, ...] | Refusal:
     if row % size:
         divisors = {d for i in range(1, math.isqrt(row) + 1) if row % i == 0 for d in (i, row // i)}
         nearest = sorted((d for d in divisors if d >= 16), key=lambda d: (abs(d - size), d))[:4]
-        *others, last = map(str, sorted(nearest) or [""])
-        fitting = f"; groups of {', '.join(others)}{' or ' if others else ''}{last} do" if last else ""
+        fitting = f"; groups of {' or '.join(map(str, sorted(nearest)))} do" if nearest else ""
         return Refusal(f"groups of {size} do not divide its rows of {row}{fitting}", hint)
     if spec.transposed:
         return (size, 1)

@@ -288,7 +288,7 @@ class ExporterConformance:
     def _plan(self, exporter: Exporter, source: MemorySource, destination: str = "out") -> Plan:
         source.info = _with_graph(exporter, source.specs(), source.info)
         registry = Registry()
-        registry.exporters["given"] = _Given("given", "The exporter under test.", "-", exporter=exporter)
+        registry.exporters["given"] = _Given("given", "The exporter under test.", "given:Exporter", exporter=exporter)
         return make_plan(
             source,
             registry=registry,

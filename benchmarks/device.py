@@ -55,7 +55,7 @@ KERNELS = (
     Job("Q6_K search", "Q6_K", {"rounding": "search"}, "gguf"),
 )
 COMMANDS = (Job("int8", "int8"), Job("int4", "int4"), Job("Q4_K_M", "Q4_K_M", format="gguf"))
-SWEEP_CHUNKS, SWEEP_THREADS = (4, 16, 64), (1, 2, 4, 8)
+SWEEP_CHUNKS, SWEEP_THREADS, SWEEP_BELOW = (16, 64), (1, 2, 4, 8), 4  #: the last in GB
 
 
 def accelerator() -> str:
@@ -187,7 +187,7 @@ def _commands(temp: Path, device: str, *, sizes: Sequence[float], runs: int) -> 
         nbytes = write_checkpoint(folder, geometry(size))
         for job in COMMANDS:
             found: dict[str, list[Child]] = {"cpu": [], device: []}
-            if index == 0:
+            if index == 0 and job.format == "gguf":
                 _command(folder, temp, job, "cpu")  # compiles what is not in numba's cache
             for _ in range(runs if size < 4 else 1):
                 for name, children in found.items():
@@ -200,7 +200,7 @@ def _commands(temp: Path, device: str, *, sizes: Sequence[float], runs: int) -> 
                 label = f"{number(nbytes / 1e9)} GB"
                 rows.append((job.title, label, name, *cells(one), ratio, megabytes(one.peak), f"{one.sqnr_db:.2f} dB"))
                 _tell(rows[-1])
-        if index == 0:
+        if index == 0 and size < SWEEP_BELOW:
             sweep = _sweep(folder, temp, device)
         shutil.rmtree(folder)
     header = ("scheme", "checkpoint", "device", "CPU s", "median", "wall s", "median", "speed", "peak", "SQNR")
@@ -214,14 +214,18 @@ process; wall time has all of it, start-up and the device's included; peak is Vm
 {runs} runs in turn, of 4 GB and more one.""",
             (Table(header, rows),),
         ),
-        Section(
-            f"Threads and chunks on {device}",
-            f"""Seconds of wall time that the engine takes for the smallest checkpoint, start-up aside, by the number of
+        *([_sweep_section(device, sweep)] if sweep else []),
+    ]
+
+
+def _sweep_section(device: str, rows: Sequence[Sequence[str]]) -> Section:
+    return Section(
+        f"Threads and chunks on {device}",
+        f"""Seconds of wall time that the engine takes for the smallest checkpoint, start-up aside, by the number of
 threads and by how many times {CHUNK_ELEMENTS} elements are worked on at a time; the better of two runs. The defaults
 are {DEVICE_THREADS} threads (or as many as there are cores, if fewer) and {DEVICE_CHUNKS} times.""",
-            (Table(("scheme", "elements", *(f"{t} threads" for t in SWEEP_THREADS)), sweep),),
-        ),
-    ]
+        (Table(("scheme", "elements", *(f"{t} threads" for t in SWEEP_THREADS)), rows),),
+    )
 
 
 def _sweep(folder: Path, temp: Path, device: str) -> list[tuple[str, ...]]:

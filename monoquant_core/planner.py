@@ -70,7 +70,7 @@ def make_plan(
         if stats is not None and with_stats is not None:
             exporter = with_stats(stats)
     format_base = getattr(exporter, "recipe", "") or (declared.recipe if declared else "")
-    floats_stay = not quantizing and (not scheme or on_unsupported == "requantize")
+    floats_stay = not quantizing and on_unsupported == "requantize"
     chosen = scheme_options or {}
     chooser = Chooser(registry, recipe, rules, scheme, chosen, info, specs, format_base, stats, floats_stay=floats_stay)
     decisions = [chooser.decide(spec) for spec in specs]

@@ -16,11 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 import monoquant_core as mq
-from benchmarks.kernels import NAME
 from benchmarks.measure import MONOQUANT, Child, Timing, interleaved
 from benchmarks.pipeline import cells, megabytes, run_once, summary
 from benchmarks.results import Gate, Section, Table, number
-from benchmarks.synthetic import geometry, heavy_tailed, write_checkpoint
+from benchmarks.synthetic import NAME, geometry, heavy_tailed, write_checkpoint
 from monoquant_core.engine import DEVICE_CHUNKS, DEVICE_THREADS, RunOptions, write
 from monoquant_core.memory import usable_cores
 from monoquant_core.planning import Plan

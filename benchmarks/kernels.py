@@ -16,14 +16,13 @@ import monoquant_core as mq
 from benchmarks import peers
 from benchmarks.measure import Timing, interleaved
 from benchmarks.results import Gate, Section, Table, number
-from benchmarks.synthetic import heavy_tailed
+from benchmarks.synthetic import NAME, heavy_tailed
 from monoquant_core.planning import Plan, Step
 from monoquant_core.schemes import Context
 from monoquant_core.scratch import Scratch
 from monoquant_core.tasks import CHUNK_ELEMENTS, task_ranges
 from monoquant_core.tensor import QuantizedTensor
 
-NAME = "model.layers.0.mlp.up_proj.weight"
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 POOL = (1 << 24) + 43  # elements that tensors are cut from; odd, so that they do not begin alike
 SHARD = 500_000_000  # bytes
+NAME = "model.layers.0.mlp.up_proj.weight"  #: of a single matrix
 VOCABULARY = 1024  # small: embeddings are copied, and what this measures is quantizing
 
 

@@ -105,9 +105,10 @@ class ModelInfo:
 class Source(Protocol):
     """Where tensors come from. ``info`` and ``specs`` read headers only, and import no torch where that is possible.
 
-    One more method is optional: ``checkpoint() -> Source | None``, for a file that has other names than the checkpoint
-    it was made of: the same model under those names, with its config.json, for formats that are model folders. Closing
-    either closes both.
+    Two more methods are optional. ``checkpoint() -> Source | None`` is for a file that has other names than the
+    checkpoint it was made of: the same model under those names, with its config.json, for formats that are model
+    folders; closing either closes both. ``shares_storage(name, other) -> bool`` says that two tied names are the same
+    bytes in the file, so that they need not be compared.
     """
 
     info: ModelInfo

@@ -52,11 +52,6 @@ class Metadata:
         if value:
             self.pairs[key] = ("STRING", value)
 
-    def u32s(self, key: str, values: Sequence[int]) -> None:
-        """Counts; none of them is left out."""
-        if values:
-            self.pairs[key] = ("UINT32[]", list(values))
-
     def i32s(self, key: str, values: Sequence[int]) -> None:
         """Whole numbers."""
         if values:

@@ -198,17 +198,18 @@ class Chooser:
         for rule in self.own_rules:
             if any(rule.matches(spec) for spec in specs):
                 continue
-            if rule.match:
-                near = near_names(rule.match[0], specs)
-                hint = f"names like it: {', '.join(near)}" if near else "the model has no tensors"
+            named = dataclasses.replace(rule, kind="", module="") if rule.match else None
+            taken = [spec for spec in specs if named is None or named.matches(spec)]
+            what = "kind" if rule.kind and all(spec.kind != rule.kind for spec in taken) else "module"
+            present = {getattr(s, what) for s in taken} - {""}
+            if rule.match and not taken:
+                hint = f"names like it: {', '.join(near_names(rule.match[0], specs))}"
+            elif present:
+                hint = (
+                    f"{'the model has' if named is None else f'its pattern takes {what}'}: {', '.join(sorted(present))}"
+                )
             else:
-                what = "module" if rule.module else "kind"
-                present = {getattr(s, what) for s in specs} - {""}
-                hint = f"the model has: {', '.join(sorted(present))}"
-                if not present:
-                    hint = (
-                        f"no {what} is known of its tensors: use match (classes are known of modules and .pt2 programs)"
-                    )
+                hint = f"no {what} is known of its tensors: use match (classes are known of modules and .pt2 programs)"
             raise RecipeError(f"{rule.label} matches none of the {len(specs)} tensors", hint=hint)
 
     def _spelled(self, name: str) -> str:

@@ -220,6 +220,12 @@ def test_a_rule_that_matches_nothing_names_near_names(registry):
     with pytest.raises(RecipeError, match="kind conv") as caught:
         decide(registry, recipe=Recipe(rules=(Rule("eight", kind="conv"),)))
     assert "linear" in caught.value.hint
+    with pytest.raises(RecipeError, match="o_proj and kind conv") as caught:  # though the names match
+        decide(registry, recipe=Recipe(rules=(Rule("eight", ("*.o_proj",), kind="conv"),)))
+    assert caught.value.hint == "its pattern takes kind: linear"
+    with pytest.raises(RecipeError, match="o_proj and module Linear") as caught:
+        decide(registry, recipe=Recipe(rules=(Rule("eight", ("*.o_proj",), module="Linear"),)))
+    assert caught.value.hint.startswith("no module is known of its tensors")
 
 
 def test_refusals_of_the_scheme_are_one_error_that_names_all(registry):

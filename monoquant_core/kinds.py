@@ -6,6 +6,7 @@ Imports no torch. The tables below are the place to teach monoquant a new naming
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 
@@ -37,32 +38,46 @@ _MODULE_KINDS = (  # class name -> kind; the first that matches
     (re.compile(r"^Conv1D$"), "linear_transposed"),  # GPT-2 stores [in, out]
     (re.compile(r"^(LSTM|GRU|RNN)(Cell)?$"), "recurrent"),
     (re.compile(r"Linear$|^MultiheadAttention$"), "linear"),
+    (re.compile(r"Experts$"), "experts"),
 )
 
-_EMBEDDINGS = re.compile(
-    r"(^|_)(embeds?|embeddings?|embs?)(_?(tokens|in|table|weight))*(_per_layer)?$"
-    r"|^(tok|word|token|token_type|char|segment|codebook)?_?embedder$"
-    r"|^(wte|shared|codebook|input_embeds_layer|cls_token|mask_token|word_embed_proj)$"
+_EMBEDDINGS = re.compile(  # tables that are looked up, and learned tokens
+    r"embed(s|ding|dings|der|ders)?(\d|_|$)|(^|_)embs?(_|$)|(^|_)tokens?$|^(wte|shared|codebook|query_feat|queries_features)$",
+    re.I,
 )
-_LISTED_EMBEDDINGS = re.compile(r"(^|\.)(\w*embeddings|embed_tokens|input_embeds_layers)\.\d+$")  # one per codebook
+_LISTED_EMBEDDINGS = re.compile(
+    r"(^|\.)(\w*embeddings|embed_tokens|input_embeds_layers|point_embed)\.\d+$"
+)  # one per codebook
+_QUERIES = re.compile(r"^(query|latents?|latents?_\w+)$")  # parameters that a model asks its inputs with
 _POSITIONS = re.compile(
     r"(^|[._])(pos|position|positions|positional|wpe|rotary|rope|inv_freq|rel_pos)([._]|$)"
     r"|relative_attention|pos_?emb|position_embedding|relative_position|(^|[._])rel(ative)?_emb"
 )
-#: matrices that positions are multiplied with: "pos_key_proj", "linear_pos"
-_PROJECTIONS = re.compile(r"(^|_)(proj|projection|linear|dense)(_|$)")
+#: layers that embeddings or positions go through: "pos_key_proj", "linear_pos", "patch_embedding"
+_MAPPINGS = re.compile(r"proj|mapping|transform|linear|dense|patch|(^|_)(fc|mlp|conv)\d*(_|$)", re.I)
 _NORMS = re.compile(
     r"(^|_)(norm|norms|layernorm|layer_norm|ln|bn|batchnorm|groupnorm|rmsnorm)(\d*|_f|_\w)$|norm\d*$|^ln_", re.I
 )
 _ROUTERS = re.compile(r"^(gate|router|shared_expert_gate|wg)$")
-_STATE = re.compile(r"^(A_log|A|D|dt_bias|causal_mask|attn_mask|masked_bias|running_mean|running_var|position_ids)$")
+_STATE = re.compile(
+    r"^(A_log|A|D|dt_bias|causal_mask|attn_mask|masked_bias|running_mean|running_var|position_ids|\w+_decay)$"
+)
 _HEADS = re.compile(
     r"^(lm_head|embed_out|output_projection|classifier|score|qa_outputs|logits|head|heads|decoder_head|seq_relationship|predictions)$"
 )
 _WEAK_HEADS = re.compile(
     r"^((model|module|net)\.)?(fc|linear|output|out|out_proj|proj_out)\.weight$"
 )  # only as the last of several
-_TRANSPOSED = re.compile(r"conv_?trans|trans(posed?)?_?conv|deconv|up_?conv(?!\w*block)", re.I)
+_TRANSPOSED = re.compile(
+    r"conv_?trans|conv_?tr?(\d|_|\.)|trans(posed?)?_?conv|deconv|up_?conv(?!\w*block)|upscale_conv", re.I
+)
+_CONV1D = (
+    "gpt2",
+    "openai-gpt",
+    "imagegpt",
+    "decision_transformer",
+    "clvp",
+)  #: model types whose matrices lie [in, out]
 
 _FUSED = (  # runtimes join these into one matrix: all members get one scheme
     (re.compile(r"^(.*)\.experts\.\d+\.(gate_proj|up_proj|down_proj|w[123])\.weight$"), "experts"),
@@ -87,20 +102,24 @@ def kind_of(spec: TensorSpec, info: ModelInfo | None = None) -> str:
     """The kind of one tensor; "" when nothing tells."""
     *path, leaf = spec.name.split(".")
     owner = path[-1] if path else leaf
-    if leaf == "bias" or leaf.endswith(("_bias", ".bias")) or leaf.startswith("bias_"):
+    rank = len(spec.shape)
+    if leaf == "bias" or leaf.endswith(("_bias", "_biases")) or leaf.startswith("bias_"):
         return "bias"
     if _STATE.match(leaf):
         return "state"
-    if any(_HEADS.match(part) for part in path[-2:]) and len(spec.shape) >= 2 and "Norm" not in spec.module:
+    is_head = owner.endswith("_head") or any(_HEADS.match(part) for part in path[-2:])
+    if is_head and rank >= 2 and "Norm" not in spec.module:
         return "head"
     kind = next((kind for pattern, kind in _MODULE_KINDS if pattern.search(spec.module)), "")
     if kind == "embedding" and _POSITIONS.search(spec.name):
         return "position"
-    if kind in ("linear", "") and _ROUTERS.match(owner) and len(spec.shape) == 2:
+    if kind in ("linear", "") and _ROUTERS.match(owner) and rank == 2:
         return "router"
-    if kind:
-        return kind if len(spec.shape) >= 2 or kind == "norm" else "vector"
-    return _kind_by_name(spec, owner, leaf, info)
+    if kind in ("linear", "conv", "conv_transpose") and leaf != "weight" and _is_vector(spec.shape):
+        return "vector"  # such as weight_g of a weight norm
+    if kind and (kind != "experts" or rank == 3):
+        return kind if rank >= 2 or kind == "norm" else "vector"
+    return _kind_by_name(spec, path, leaf, info)
 
 
 def fuse_group(spec: TensorSpec) -> str | None:
@@ -113,26 +132,42 @@ def fuse_group(spec: TensorSpec) -> str | None:
     return None
 
 
-def _kind_by_name(spec: TensorSpec, owner: str, leaf: str, info: ModelInfo | None) -> str:
-    rank = len(spec.shape)
+def _is_vector(shape: tuple[int, ...]) -> bool:
+    """Whether every output channel has one number, whatever the number of axes."""
+    return math.prod(shape[1:]) == 1 or (len(shape) > 2 and sum(n > 1 for n in shape) < 2)
+
+
+def _kind_by_name(spec: TensorSpec, path: list[str], leaf: str, info: ModelInfo | None) -> str:
+    rank, owner = len(spec.shape), path[-1] if path else leaf
+    subject = owner if leaf == "weight" else leaf
     if _NORMS.search(owner) and rank <= 2:
         return "norm"
-    if _POSITIONS.search(spec.name) and not (rank == 2 and _PROJECTIONS.search(owner)):
+    if _POSITIONS.search(spec.name) and not (rank == 2 and _MAPPINGS.search(owner)):
         return "position"
     if rank < 2:
         return "vector"
-    looked_up = _EMBEDDINGS.search(owner) or _LISTED_EMBEDDINGS.search(spec.name.removesuffix(f".{leaf}"))
-    if looked_up and (rank == 2 or spec.shape[0] == 1):
+    looked_up = _EMBEDDINGS.search(subject) is not None and not _MAPPINGS.search(subject)
+    if (rank == 2 or spec.shape[0] == 1) and (looked_up or _LISTED_EMBEDDINGS.search(".".join(path))):
         return "embedding"
-    if "expert" in spec.name and rank == 3:
+    if _is_vector(spec.shape):
+        return "vector"
+    if "weight" not in leaf and (_QUERIES.match(leaf) or (rank > 2 and spec.shape[0] == 1)):
+        return "embedding"  # learned queries and prompts, alike for every sample of a batch
+    if rank == 3 and ("expert" in spec.name or _is_stack(spec)):
         return "experts"
     if rank in (3, 4, 5):
-        return "conv_transpose" if _TRANSPOSED.search(spec.name) else "conv"
+        transposed = _TRANSPOSED.search(spec.name) and math.prod(spec.shape[2:]) > 1
+        return "conv_transpose" if transposed else "conv"
     if leaf.startswith(("weight_ih", "weight_hh")):
         return "recurrent"
-    if info is not None and info.model_type == "gpt2" and owner in ("c_attn", "c_proj", "c_fc"):
+    if info is not None and info.model_type in _CONV1D and owner in ("c_attn", "q_attn", "c_proj", "c_fc"):
         return "linear_transposed"
     return "linear" if rank == 2 else ""
+
+
+def _is_stack(spec: TensorSpec) -> bool:
+    """Whether it is one matrix for each expert, head or codebook: no convolution's kernel is that long."""
+    return spec.shape[1] > 1 and spec.shape[2] >= 64 and "conv" not in spec.name.lower()
 
 
 def _last_of_sequence(specs: list[TensorSpec], info: ModelInfo) -> list[TensorSpec]:

@@ -434,9 +434,14 @@ def _state(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]
 
 
 def _owners(module: torch.nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Tensor -> class of the module that owns it."""
+    """Tensor -> class of the module that owns it, or that has it parametrized."""
     classes = {path: type(child).__name__ for path, child in module.named_modules(remove_duplicate=False)}
-    return {name: classes.get(name.rpartition(".")[0], "") for name in names}
+    found = {}
+    for name in names:
+        path, parametrized, _ = f".{name}".partition(".parametrizations.")
+        owner = classes.get(path[1:] if parametrized else name.rpartition(".")[0], "")
+        found[name] = owner.removeprefix("Parametrized") if parametrized else owner
+    return found
 
 
 def _config(module: torch.nn.Module) -> dict[str, Any] | None:

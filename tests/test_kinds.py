@@ -58,6 +58,38 @@ def spec(name: str, *shape: int, module: str = "", dtype: str = "float32") -> Te
         ("time_embedding.linear_1.weight", (8, 8), "linear"),
         ("w", (8, 8), "linear"),
         ("scale", (), "vector"),
+        ("tokens_embed.weight", (100, 8), "embedding"),
+        ("entity_embeddings.entity_embeddings.weight", (100, 8), "embedding"),
+        ("embeddings.token_type_embeddings_3.weight", (3, 8), "embedding"),
+        ("xpath_embeddings.xpath_tag_sub_embeddings.7.weight", (100, 8), "embedding"),
+        ("mask_decoder.iou_token.weight", (2, 8), "embedding"),
+        ("quantizer.layers.0.codebook.embed", (100, 8), "embedding"),
+        ("encoder.embedding_hidden_mapping_in.weight", (8, 8), "linear"),
+        ("embeddings.patch_embedding.weight", (8, 8), "linear"),
+        ("encoder.stages.2.cls_token", (1, 1, 8), "embedding"),
+        ("qformer.query_tokens", (1, 4, 8), "embedding"),
+        ("resampler.latents", (4, 8), "embedding"),
+        ("attention.self.query.weight", (8, 8), "linear"),
+        ("layers.0.grn.weight", (1, 1, 1, 8), "vector"),
+        ("layers.0.layer_scale", (8, 1, 1), "vector"),
+        ("attn.logit_scale", (4, 1, 1), "vector"),
+        ("decoder.snake1.alpha", (1, 8, 1), "vector"),
+        ("conv.weight_g", (8, 1, 1), "vector"),
+        ("conv.weight_v", (8, 4, 3), "conv"),
+        ("conv.parametrizations.weight.original0", (8, 1, 1), "vector"),
+        ("attn.attention_biases", (4, 16), "bias"),
+        ("attn.slope_rate", (8, 1, 1), "vector"),
+        ("attn.key_decay", (8, 16, 1), "state"),
+        ("ctc_head.weight", (32, 8, 1), "head"),
+        ("codebooks_head.weight", (4, 8, 100), "head"),
+        ("block_sparse_moe.input_linear.weight", (4, 128, 64), "experts"),
+        ("mixer.x_proj_weight", (2, 16, 64), "experts"),
+        ("stft.forward_basis", (130, 1, 64), "conv"),
+        ("encoder.long_conv.weight", (64, 4, 128), "conv"),
+        ("decoder.block.0.conv_t1.weight", (8, 4, 16), "conv_transpose"),
+        ("decoder.0.convtr.convtr.weight", (8, 4, 16), "conv_transpose"),
+        ("mask_decoder.upscale_conv1.weight", (8, 4, 2, 2), "conv_transpose"),
+        ("encoder.conv.up_conv.weight", (8, 4, 1), "conv"),
     ],
 )
 def test_kind_by_name(name, shape, kind):
@@ -79,6 +111,13 @@ def test_kind_by_name(name, shape, kind):
         ("LSTM", "rnn.weight_hh_l0", (8, 4), "recurrent"),
         ("Conv1D", "h.0.attn.c_attn.weight", (8, 24), "linear_transposed"),
         ("Linear", "lm_head.weight", (100, 8), "head"),
+        ("Linear", "embed_action.weight", (8, 4), "linear"),
+        ("Linear", "rows.weight", (8, 1), "linear"),
+        ("Conv1d", "conv.weight_g", (8, 1, 1), "vector"),
+        ("Conv1d", "conv.weight_v", (8, 4, 3), "conv"),
+        ("Conv2d", "depthwise.weight", (8, 1, 1, 1), "conv"),
+        ("GraniteMoeParallelExperts", "mlp.input_linear.weight", (4, 16, 8), "experts"),
+        ("GptOssExperts", "mlp.experts.gate_up_proj_bias", (4, 16), "bias"),
     ],
 )
 def test_the_module_decides_where_it_is_known(module, name, shape, kind):
@@ -118,3 +157,40 @@ def test_a_declared_tie_is_a_tie_only_when_declared_and_of_one_shape():
 
 def test_every_kept_kind_has_a_reason():
     assert all(len(reason) > 5 for reason in KEPT_KINDS.values())
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "openai-gpt", "imagegpt", "decision_transformer"])
+def test_models_whose_matrices_lie_transposed(model_type):
+    info = ModelInfo("m", {"model_type": model_type})
+    for owner in ("attn.c_attn", "crossattention.q_attn", "attn.c_proj", "mlp.c_fc"):
+        assert kind_of(spec(f"h.0.{owner}.weight", 8, 24), info) == "linear_transposed"
+        assert kind_of(spec(f"h.0.{owner}.weight", 8, 24), ModelInfo("m", {"model_type": "gpt_neo"})) == "linear"
+
+
+ARCHITECTURES = (
+    *("albert", "bert", "canine", "deberta-v2", "distilbert", "electra", "layoutlmv3", "luke", "mamba", "markuplm"),
+    *("mobilebert", "opt", "prophetnet", "roc_bert", "sam", "tapas", "wav2vec2-bert", "wav2vec2-conformer", "wavlm"),
+)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_names_alone_do_not_take_other_layers_for_linear(model_type):
+    """Of models of the transformers library: what a checkpoint's names say against what the modules are."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(model_type)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    state, modules = model.state_dict(), dict(model.named_modules(remove_duplicate=False))
+    info = ModelInfo(model_type, {"model_type": model_type})
+    specs = annotate([spec(n, *t.shape, dtype=str(t.dtype).removeprefix("torch.")) for n, t in state.items()], info)
+    linear = {
+        s.name
+        for s in specs
+        if s.is_float and s.name.endswith(".weight") and len(s.shape) == 2 and s.kind not in KEPT_KINDS
+    }
+    found = {name: modules[name.removesuffix(".weight")] for name in linear}
+    wrong = [name for name, module in found.items() if not isinstance(module, torch.nn.Linear)]
+    assert wrong == []
+    every = [n for n, m in modules.items() if isinstance(m, torch.nn.Linear)]
+    assert len(linear) > len(every) / 2

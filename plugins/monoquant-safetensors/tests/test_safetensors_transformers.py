@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import monoquant_core as mq
-from monoquant_core.errors import UnsupportedEncodingError
+from monoquant_core.errors import PlanError, UnsupportedEncodingError
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
@@ -365,3 +365,54 @@ def test_tiny_llama_keeps_its_perplexity(shared, tmp_path, perplexity):
     int4 = quantize(folder, tmp_path / "int4", "int4", {"group_size": 64})
     assert perplexity(int4) == pytest.approx(reference, rel=0.03)
     check_exact(load(int4), int4)
+
+
+def luke():
+    """Two tables of which one does not have the usual name."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LukeConfig(vocab_size=96, entity_vocab_size=40, entity_emb_size=64, **sizes)
+    return transformers.LukeModel(config), {"input_ids": torch.arange(5, 13)[None]}
+
+
+def tapas():
+    """Seven numbered tables of token types."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.TapasConfig(vocab_size=96, max_position_embeddings=32, **sizes)
+    return transformers.TapasModel(config), {"input_ids": torch.arange(5, 13)[None]}
+
+
+def layoutlm():
+    """Linear layers that are named as positional."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    boxes = {"coordinate_size": 11, "shape_size": 10, "max_2d_position_embeddings": 32, "visual_embed": False}
+    config = transformers.LayoutLMv3Config(vocab_size=96, **sizes, **boxes)
+    ids = torch.arange(5, 13)[None]
+    return transformers.LayoutLMv3Model(config), {"input_ids": ids, "bbox": torch.zeros(1, 8, 4, dtype=torch.long)}
+
+
+@pytest.mark.parametrize("make", [luke, tapas, layoutlm], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_names_of_a_checkpoint_tell_what_is_linear(tmp_path, make, scheme):
+    torch.manual_seed(0)
+    model, inputs = make()
+    model.eval().save_pretrained(tmp_path / "model")
+    options = {"group_size": 32} if scheme == "int4" else None
+    path = quantize(tmp_path / "model", tmp_path / "out", scheme, options)
+    loaded, found = type(model).from_pretrained(path, output_loading_info=True)
+    assert not {key: value for key, value in found.items() if value}
+    with torch.no_grad():
+        wanted, got = model(**inputs)[0], loaded.eval()(**inputs)[0]
+    check_exact(loaded, path)
+    assert torch.nn.functional.cosine_similarity(got.flatten(), wanted.flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "OpenAIGPT", "ImageGPT"])
+def test_matrices_of_other_layers_are_not_taken_for_linear(tmp_path, kind):
+    """These have none: their Conv1D keeps ``[inputs, outputs]``."""
+    config = getattr(transformers, f"{kind}Config")(n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=32)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path / "model")
+    with mq.quantize(tmp_path / "model", scheme="int8") as model:
+        kinds = {d.spec.kind for d in model.plan().decisions if d.action == "quantize"}
+        assert kinds == {"linear_transposed"}
+        with pytest.raises(PlanError, match="nothing would be quantized"):
+            model.save(tmp_path / "out", format_options={"convention": "compressed-tensors"})

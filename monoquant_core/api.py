@@ -16,17 +16,15 @@ from monoquant_core.quantized import DEFAULT_CALIBRATOR, DEFAULT_FORMAT, Quantiz
 from monoquant_core.recipe import Recipe, keep_rule, load_recipe, parse_set
 
 if TYPE_CHECKING:
-    import torch
-
     from monoquant_core.agreement import Verification
     from monoquant_core.model import Source
     from monoquant_core.report import Comparison, Report
     from monoquant_core.runners import Batch
     from monoquant_core.runtimes import Runtime
+    from monoquant_core.sources import Model
     from monoquant_core.statistics import Statistics
     from monoquant_core.stats import TensorStats
 
-    Model = str | os.PathLike[str] | torch.nn.Module | torch.export.ExportedProgram | Mapping[str, torch.Tensor]
     Stats = str | os.PathLike[str] | Mapping[str, TensorStats]
 
 RecipeLike = Recipe | Mapping[str, Any] | str | Path

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from monoquant_core.stats import TensorStats
     from monoquant_core.tensor import QuantizedTensor
 
-    Model = str | os.PathLike[str] | torch.nn.Module | torch.export.ExportedProgram | Mapping[str, torch.Tensor]
-    Stats = str | os.PathLike[str] | Mapping[str, TensorStats]
-
 DEFAULT_FORMAT = "safetensors"
 DEFAULT_CALIBRATOR = "mse"
 

@@ -316,19 +316,16 @@ def find_runtime(path: Path, registry: Registry, name: str = "") -> tuple[str, R
 
     :raises ExecutionError: when there is none.
     """
-    from monoquant_core import options as opts
-
     declared = [registry.runtime(name)] if name else list(registry.runtimes.values())
     failed = []
     for declaration in declared:
         try:
-            runtime: Runtime = declaration.load()(
-                opts.build(declaration.options, {}, owner=f"runtime {declaration.name}")
-            )
-        except PluginError as exc:  # a broken plugin must not take the others down
-            failed.append(f"; {exc.reason}")
+            runtime: Runtime = registry.make(declaration, declaration.options())
+            recognised = runtime.recognises(path)
+        except Exception as exc:  # noqa: BLE001 - a broken plugin must not take the others down
+            failed.append(f"; {declaration.name}: {exc.reason if isinstance(exc, PluginError) else repr(exc)}")
             continue
-        if runtime.recognises(path):
+        if recognised:
             return declaration.name, runtime
     known = ", ".join(registry.runtimes) or "none installed"
     raise ExecutionError(f"{path}: no runtime runs files of this kind; known: {known}{''.join(failed)}")

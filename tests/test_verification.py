@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import monoquant_core as mq
 from monoquant_core.agreement import Agreement, Quality
+from monoquant_core.declarations import RuntimeDeclaration
 from monoquant_core.errors import CalibrationError, ExecutionError, SourceError
 from monoquant_core.verification import accuracy, compare, named, perplexity
 
@@ -212,6 +215,23 @@ def test_an_original_without_a_model_is_refused(quantized: Path, llama: Path, tm
     save_file(load_file(llama / "model.safetensors"), tmp_path / "weights.safetensors")
     with pytest.raises(mq.MonoquantError, match="nothing that says how to run them"):
         mq.verify(quantized, tmp_path / "weights.safetensors")
+
+
+class Broken:
+    """A runtime that fails."""
+
+    def __init__(self, options: object) -> None:
+        raise ValueError("no engine")
+
+
+def test_a_broken_runtime_takes_no_other_down(llama: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = copy.copy(mq.load_registry())
+    monkeypatch.setitem(sys.modules, "broken_runtime", types.SimpleNamespace(Broken=Broken))
+    broken = RuntimeDeclaration("broken", "one", "broken_runtime:Broken")
+    registry.runtimes = {"broken": broken, **registry.runtimes}
+    assert mq.verify(quantized, llama, registry=registry).runtime == "transformers"
+    with pytest.raises(ExecutionError, match=r"no runtime .* broken: ValueError\('no engine'\)"):
+        mq.verify(quantized, llama, runtime="broken", registry=registry)
 
 
 def test_a_file_that_no_runtime_runs_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from monoquant_core import __version__
 from monoquant_core.cli import flags
 from monoquant_core.cli.render import Column, fields, heading, notes, out, out_json, table
 from monoquant_core.declarations import Declaration
-from monoquant_core.options import build
 from monoquant_core.plugins import Registry, install_hint
 from monoquant_core.probes import Finding, ProbeResult
 
@@ -45,7 +44,7 @@ def run_probes(registry: Registry) -> dict[str, ProbeResult]:
     results = {}
     for declared in registry.probes.values():
         try:
-            result = declared.load()(build(declared.options, {}, owner=f"probe {declared.name}")).probe()
+            result = registry.make(declared, declared.options()).probe()
         except Exception as exc:  # noqa: BLE001 - a plugin may fail in any way
             result = ProbeResult(declared.name, present=False, summary=f"the probe failed: {exc!r}")
         results[declared.name] = result

@@ -46,7 +46,7 @@ and nothing else there. Options of schemes and formats are flags too: they are l
 | --- | --- |
 | 0 | done |
 | 1 | `conformance` found a fault, or `verify` a difference beyond tolerance |
-| 2 | refused, or a usage error: one `error:` line that names the file and the tensor, and a `hint:` |
+| 2 | refused: one `error:` line that names the file and the tensor, and a `hint:`; or a usage error |
 | 3 | a bug in monoquant or in a plugin: a traceback |
 | 130 | Ctrl-C |
 | 141 | the reader of stdout went away |

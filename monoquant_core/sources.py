@@ -435,13 +435,17 @@ def _state(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]
 
 def _owners(module: torch.nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Tensor -> class of the module that owns it, or that has it parametrized."""
-    classes = {path: type(child).__name__ for path, child in module.named_modules(remove_duplicate=False)}
+    classes = {path: _class_name(child) for path, child in module.named_modules(remove_duplicate=False)}
     found = {}
     for name in names:
         path, parametrized, _ = f".{name}".partition(".parametrizations.")
-        owner = classes.get(path[1:] if parametrized else name.rpartition(".")[0], "")
-        found[name] = owner.removeprefix("Parametrized") if parametrized else owner
+        found[name] = classes.get(path[1:] if parametrized else name.rpartition(".")[0], "")
     return found
+
+
+def _class_name(module: torch.nn.Module) -> str:
+    name = type(module).__name__
+    return name.removeprefix("Parametrized") if hasattr(module, "parametrizations") else name
 
 
 def _config(module: torch.nn.Module) -> dict[str, Any] | None:

@@ -176,7 +176,7 @@ def test_wrappings_are_taken_off_and_what_is_beside_is_said(tmp_path: Path, wrap
     source = check_same(path, state)
     assert source.info.notes == (
         f"{path}: the weights are those under {wrapper!r}",
-        f"{path}: left out, not weights: 'epoch' (int), 'optimizer' (dict), 'rng' (Tensor)",
+        f"{path}: left out beside the weights: 'epoch' (int), 'optimizer' (dict), 'rng' (Tensor)",
     )
 
 
@@ -186,7 +186,7 @@ def test_entries_that_are_no_tensors_are_said(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2), "_extra_state": {"scale": 1.0}, "name": "x", **extra}, path)
     notes = check_same(path, {"a": torch.ones(2)}).info.notes
     assert len(notes) == 1
-    assert notes[0].startswith(f"{path}: left out, not weights: '_extra_state' (dict), 'name' (str), ")
+    assert notes[0].startswith(f"{path}: left out beside the weights: '_extra_state' (dict), 'name' (str), ")
     assert notes[0].endswith(" and 3 more")
 
 

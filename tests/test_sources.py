@@ -185,7 +185,7 @@ def test_a_module_is_read_as_its_state_dict(tmp_path: Path) -> None:
     assert source.info.name == "Net"
     assert source.info.graph is net
     assert source.info.paths == ()
-    assert source.info.notes == ("Net: left out, not weights: '_extra_state' (dict)",)
+    assert source.info.notes == ("Net: left out beside the weights: '_extra_state' (dict)",)
     specs = {spec.name: spec for spec in source.specs()}
     assert list(specs) == list(before)
     assert {s.name: s.tied_to for s in specs.values() if s.tied_to} == {
@@ -594,3 +594,60 @@ def test_closing_lets_go(tmp_path: Path) -> None:
 def test_a_copied_module_gives_the_same_specs() -> None:
     net = Net()
     assert open_source(net).specs() == open_source(copy.deepcopy(net)).specs()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin", ".pt2"])
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        (POINTER, "git lfs pull"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "a web page"),
+        (b"GGUF" + bytes(60), "the suffix .gguf"),
+        (b"", ""),
+        (b"\x93NUMPY" + bytes(60), ""),
+    ],
+)
+def test_a_file_that_is_something_else_is_recognised(tmp_path, suffix, content, hint):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(SourceError) as caught:
+        open_source(path)
+    assert str(path) in str(caught.value)
+    assert hint in caught.value.hint
+    assert bool(caught.value.hint) == bool(hint)
+
+
+def test_a_file_under_another_ones_suffix_is_recognised(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "a.pt")
+    torch.save({"w": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    torch.save({"w": torch.ones(2, 2)}, tmp_path / "a.pt2")
+    for name, suffix in (("a.pt", ".safetensors"), ("a.safetensors", ".pt"), ("a.pt2", ".pt")):
+        with pytest.raises(SourceError) as caught:
+            open_source(tmp_path / name)
+        assert f"{suffix}" in caught.value.hint
+
+
+def test_tensors_in_what_is_left_out_are_counted():
+    source = open_source({"model": {"w": torch.ones(2, 2)}, "ema": {"w": torch.ones(2, 2), "decay": 0.9}, "step": 3})
+    assert source.info.notes[-1] == "state_dict: left out beside the weights: 'ema' (dict with 1 tensor), 'step' (int)"
+
+
+def test_parametrized_weights_are_of_the_module_that_has_them():
+    norm = torch.nn.utils.parametrizations.weight_norm
+    source = open_source(nn.Sequential(norm(nn.ConvTranspose1d(4, 8, 4)), norm(nn.Linear(8, 8))))
+    kinds = {spec.name.replace("parametrizations.weight.", ""): (spec.module, spec.kind) for spec in source.specs()}
+    assert kinds == {
+        "0.bias": ("ConvTranspose1d", "bias"),
+        "0.original0": ("ConvTranspose1d", "vector"),
+        "0.original1": ("ConvTranspose1d", "conv_transpose"),
+        "1.bias": ("Linear", "bias"),
+        "1.original0": ("Linear", "vector"),
+        "1.original1": ("Linear", "linear"),
+    }
+    alone = open_source(norm(nn.Linear(8, 8)))
+    assert {spec.module for spec in alone.specs() if "original" in spec.name} == {"Linear"}

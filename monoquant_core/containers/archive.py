@@ -7,7 +7,7 @@ import zipfile
 from typing import IO, cast
 
 from monoquant_core.containers.entries import shown
-from monoquant_core.containers.reader import FileReader
+from monoquant_core.containers.reader import FileReader, looks_like
 from monoquant_core.errors import SourceError
 
 MAGIC = b"PK\x03\x04"
@@ -26,7 +26,8 @@ class Archive:
         # hold whole ones.
         end_record = reader.read(max(0, reader.size - _END), min(_END, reader.size))
         if not end_record.startswith(b"PK\x05\x06") or not end_record.endswith(b"\0\0"):
-            raise SourceError(f"{reader.path}: damaged zip archive: it does not end with its directory")
+            hint = "" if reader.read(0, min(4, reader.size)) == MAGIC else looks_like(reader)
+            raise SourceError(f"{reader.path}: damaged zip archive: it does not end with its directory", hint=hint)
         try:
             with zipfile.ZipFile(cast("IO[bytes]", _Stream(reader))) as archive:
                 infos, end = archive.infolist(), archive.start_dir

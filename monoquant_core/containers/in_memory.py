@@ -122,6 +122,11 @@ def _tensors(saved: Mapping[Any, Any]) -> dict[Any, torch.Tensor]:
 def _left_out(source: str, entries: Mapping[Any, Any]) -> list[str]:
     if not entries:
         return []
-    kinds = [f"{key!r} ({type(value).__name__})" for key, value in list(entries.items())[:_NAMED]]
+    kinds = [f"{key!r} ({_described(value)})" for key, value in list(entries.items())[:_NAMED]]
     more = f" and {len(entries) - _NAMED} more" if len(entries) > _NAMED else ""
-    return [f"{source}: left out, not weights: {', '.join(kinds)}{more}"]
+    return [f"{source}: left out beside the weights: {', '.join(kinds)}{more}"]
+
+
+def _described(value: object) -> str:
+    tensors = len(_tensors(value)) if isinstance(value, Mapping) else 0
+    return type(value).__name__ + (f" with {tensors} tensor{'s' * (tensors > 1)}" if tensors else "")

@@ -87,7 +87,10 @@ def _model(archive: Archive) -> str:
                 f"{path}: written by torch before 2.8, with pickled weights",
                 hint="load it with torch and save it again",
             )
-        raise SourceError(f"{path}: a zip archive that torch.export.save did not write: it has no archive_format")
+        raise SourceError(
+            f"{path}: a zip archive that torch.export.save did not write: it has no archive_format",
+            hint="it has what torch.save writes: give it the suffix .pt" if "data.pkl" in archive else "",
+        )
     form, version = archive.read("archive_format", 64), b"0"
     if "archive_version" in archive:
         version = archive.read("archive_version", 64)

@@ -143,5 +143,21 @@ class Window:
         return self._data[first : first + nbytes]
 
 
+def looks_like(reader: FileReader) -> str:
+    """What a file may be that is not what its name says, as a hint; "" when nothing tells."""
+    head = reader.read(0, min(64, reader.size))
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS stands in its place: git lfs pull fetches the file"
+    if head.lstrip()[:5].lower() in (b"<html", b"<!doc"):
+        return "it is a web page: download the file again"
+    if head.startswith(b"PK\x03\x04"):
+        return "it begins as files of torch.save (.pt) and torch.export (.pt2) do: give it that suffix"
+    if head.startswith(b"GGUF"):
+        return "it begins as GGUF files do: give it the suffix .gguf"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < reader.size:
+        return "it begins as safetensors files do: give it the suffix .safetensors"
+    return ""
+
+
 def _reason(exc: OSError | ValueError) -> str:
     return (exc.strerror if isinstance(exc, OSError) else None) or str(exc)

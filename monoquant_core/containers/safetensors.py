@@ -19,7 +19,7 @@ from monoquant_core.containers.entries import (
     shown,
     tensor_at,
 )
-from monoquant_core.containers.reader import FileReader
+from monoquant_core.containers.reader import FileReader, looks_like
 from monoquant_core.errors import OutputError, SourceError
 from monoquant_core.model import DTYPE_BITS
 
@@ -71,7 +71,8 @@ def read_header(reader: FileReader) -> Header:
         raise SourceError(f"{path}: {reader.size} bytes are too few for a safetensors file")
     length = int.from_bytes(reader.read(0, 8), "little")
     if length > MAX_HEADER:
-        raise SourceError(f"{path}: not a safetensors file, or damaged: its header would be {length} bytes long")
+        message = f"{path}: not a safetensors file, or damaged: its header would be {length} bytes long"
+        raise SourceError(message, hint=looks_like(reader))
     if length > reader.size - 8:
         raise SourceError(f"{path}: truncated: a header of {length} bytes in a file of {reader.size}")
     text = reader.read(8, length)

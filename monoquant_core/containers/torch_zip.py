@@ -23,7 +23,7 @@ from torch import _weights_only_unpickler as weights_only
 from monoquant_core.containers.archive import MAGIC, Archive
 from monoquant_core.containers.entries import TensorEntry, shown, strided_entry, tensor_at
 from monoquant_core.containers.in_memory import check_plain, find_state
-from monoquant_core.containers.reader import FileReader
+from monoquant_core.containers.reader import FileReader, looks_like
 from monoquant_core.errors import SourceError
 from monoquant_core.model import DTYPE_BITS
 from monoquant_core.tensor import dtype_name
@@ -181,7 +181,7 @@ class _Unpickler(weights_only.Unpickler):
 def _load_legacy(reader: FileReader) -> object:
     head = reader.read(0, min(2, reader.size))
     if head != b"\x80\x02":  # torch.save has always begun with a pickle of protocol 2
-        raise SourceError(f"{reader.path}: not a file of torch.save")
+        raise SourceError(f"{reader.path}: not a file of torch.save", hint=looks_like(reader))
     path = reader.path
     loaded = _guarded(path, lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=False))
     reader.check("checkpoint")

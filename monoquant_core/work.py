@@ -164,6 +164,8 @@ class RowMaker:
         signal = square_sum(x)
         if not math.isfinite(signal):
             raise self._refusal(value, first_nonfinite(x), work, rows, ", which no scheme can quantize")
+        if signal == 0 and value.dtype == torch.float64 and value.any():
+            raise self._nothing_left(value, x.dtype, work, rows)
         absmax = work.absmax
         if work.wants_absmax and absmax is None:
             absmax = magnitude(value, scratch)
@@ -210,7 +212,10 @@ class RowMaker:
             if not torch.equal(made.to(value.dtype), value):
                 raise Mismatch(f"has values that {dtype_name(dtype)} does not hold")
             return made, Energies()
-        finite = math.isfinite(magnitude(made, scratch))
+        largest = magnitude(made, scratch)
+        finite = math.isfinite(largest)
+        if largest == 0 and value.any():
+            raise self._nothing_left(value, dtype, work, rows)
         if not finite:
             lost = ~made.isfinite() & value.isfinite()
             if bool(lost.any()):
@@ -222,6 +227,12 @@ class RowMaker:
             return made, energies(value, made)
         source = scratch.take("engine.float", value.shape, torch.float32, value.device).copy_(value)
         return made, measure(source, scratch.take("check.values", value.shape, torch.float32, value.device).copy_(made))
+
+    def _nothing_left(self, value: torch.Tensor, dtype: torch.dtype, work: Work, rows: range) -> QuantizationError:
+        """The refusal of a cast after which all values, too small for the dtype, are zero."""
+        index = int((value != 0).reshape(-1).to(torch.uint8).argmax())
+        reason = f", and all values near it are zero in {dtype_name(dtype)}"
+        return self._refusal(value, index, work, rows, reason, hint=keep_hint(work))
 
     def _named(self, failure: Exception, work: Work, rows: range) -> MonoquantError:
         """The failure, saying of which tensor of which file it is."""

@@ -301,6 +301,14 @@ def test_extreme_values_quantize_to_within_half_a_step(tmp_path, what, scheme):
         # 127 steps of the largest float32 / 127, rounded up, are infinite.
         ({"w": torch.full((2, 2), torch.finfo(torch.float32).max)}, "int8", MonoquantError, ["w[0, 0]", "--keep"]),
         ({"w": torch.tensor([[1e38, 70000.0]])}, "float16", QuantizationError, ["w", "float16"]),
+        ({"w": torch.tensor([[0.0, 1e-9], [2e-9, 0.0]])}, "float16", QuantizationError, ["w[0, 1]", "zero in float16"]),
+        ({"w": torch.full((4, 4), 1e-41)}, "bfloat16", QuantizationError, ["w[0, 0]", "zero in bfloat16", "--keep"]),
+        (
+            {"w": torch.full((4, 4), 1e-99, dtype=torch.float64)},
+            "int8",
+            QuantizationError,
+            ["w[0, 0]", "zero in float32", "--keep"],
+        ),
         ({"w": torch.ones(4, 4, device="meta")}, "int8", SourceError, ["w", "meta"]),
         ({"w": torch.eye(4).to_sparse()}, "int8", SourceError, ["w", "sparse"]),
         ({"w": "text"}, "int8", SourceError, ["w"]),

@@ -30,6 +30,9 @@ class PluginError(MonoquantError):
         self.plugin = plugin
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[PluginError], tuple[str, str]]:
+        return type(self), (self.plugin, self.reason)  # how other processes make it, which give it to this one
+
 
 class UnknownNameError(MonoquantError):
     """A scheme, format, recipe or another declared name that no installed plugin provides."""

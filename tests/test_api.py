@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import re
 import sys
 import types
@@ -26,6 +27,7 @@ from monoquant_core.errors import (
     OptionError,
     OutputError,
     PlanError,
+    PluginError,
     QuantizationError,
     RecipeError,
     SourceError,
@@ -462,3 +464,10 @@ def test_data_are_batches_and_there_are_some(tmp_path):
         mq.calibrate(layer, [torch.ones(4, 32)], calibrator="percentile", options={"percentile": 200.0})
     with pytest.raises(TypeError, match="sample"), mq.quantize(layer) as model:  # a misspelled parameter
         model.calibrate([torch.ones(4, 32)], sample=3)
+
+
+@pytest.mark.parametrize("error", [SourceError("a", hint="b"), PlanError("c"), PluginError("int", "broken")])
+def test_errors_of_other_processes_arrive_whole(error):
+    found = pickle.loads(pickle.dumps(error))
+    assert (type(found), str(found), found.hint) == (type(error), str(error), error.hint)
+    assert vars(found) == vars(error)

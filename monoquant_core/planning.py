@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from monoquant_core.encoding import ActivationQuant
 from monoquant_core.exporters import Exporter, FilePlan, Placed
 from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.schemes import Proposal, Quantizer
@@ -38,6 +39,11 @@ class Step:
     reason: str
     scheme: str = ""
     quantizer: Quantizer | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def activation(self) -> ActivationQuant | None:
+        """How the layer's input is quantized when the model runs."""
+        return self.placed.proposal.activation if self.placed.proposal is not None else None
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +109,7 @@ class Plan:
                     "scheme": decision.scheme,
                     "from": str(spec.encoding or spec.dtype),
                     "to": " + ".join(describe(step) for step in steps),
+                    "activation": next((str(found) for step in steps if (found := step.activation) is not None), None),
                     "outputs": [step.placed.output.name for step in steps],
                     "bytes_before": spec.nbytes,
                     "bytes_after": sum(step.nbytes // max(1, len(step.specs)) for step in steps),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -94,6 +95,16 @@ def test_plan_has_a_row_for_every_tensor_and_totals(folder: Path, run: Run) -> N
     assert "--keep '*down*'" in rows[DOWN]
     assert "embedding" in rows["embed_tokens.weight"]
     assert "1 quantized" in result.stdout
+
+
+def test_plan_and_inspect_say_how_inputs_are_quantized(folder: Path, run: Run, tmp_path: Path) -> None:
+    model = folder / "model.safetensors"
+    assert run("quantize", model, "-o", tmp_path / "w8a8.safetensors", "--scheme", "w8a8").returncode == 0
+    for args in (["plan", model, "--scheme", "w8a8"], ["inspect", tmp_path / "w8a8.safetensors"]):
+        assert re.search(r"(?m)^  inputs +dynamic int8 per token: 2 layers$", run(*args).stdout)
+        tensors = {t["name"]: t["activation"] for t in json.loads(run(*args, "--json").stdout)["tensors"]}
+        assert {name for name, activation in tensors.items() if activation is not None} == {UP, DOWN}
+    assert "  inputs " not in run("plan", model, "--scheme", "int8").stdout
 
 
 def test_plan_and_inspect_of_safetensors_import_neither_torch_nor_numpy(folder: Path) -> None:

@@ -6,7 +6,20 @@ from typing import Annotated, Any
 import typer
 
 from monoquant_core.cli import flags
-from monoquant_core.cli.render import Column, exact, fields, heading, notes, out, out_json, plural, shape, size, table
+from monoquant_core.cli.render import (
+    Column,
+    exact,
+    fields,
+    heading,
+    layer_inputs,
+    notes,
+    out,
+    out_json,
+    plural,
+    shape,
+    size,
+    table,
+)
 from monoquant_core.model import ModelInfo, TensorSpec
 from monoquant_core.plugins import Registry
 
@@ -61,6 +74,7 @@ def as_dict(info: ModelInfo, specs: Sequence[TensorSpec]) -> dict[str, Any]:
             "dtype": spec.dtype,
             "stored": stored(spec),
             "encoding": spec.encoding.to_dict() if spec.encoding is not None else None,
+            "activation": spec.activation.to_dict() if spec.activation is not None else None,
             "kind": spec.kind,
             "module": spec.module,
             "tied_to": spec.tied_to,
@@ -101,6 +115,7 @@ def _show(info: ModelInfo, specs: Sequence[TensorSpec]) -> None:
     pairs += [
         ("tensors", f"{plural(len(specs), 'tensor')}, {counted['quantized']:,} quantized{tied}"),
         ("weights", f"{counted['elements']:,}, {counted['bits_per_weight']:.2f} bits each"),
+        *layer_inputs(spec.activation for spec in specs if spec.tied_to is None),
         ("bytes", exact(counted["bytes"])),
     ]
     if info.paths:

@@ -14,6 +14,7 @@ from monoquant_core.cli.render import (
     fields,
     fits,
     heading,
+    layer_inputs,
     note,
     notes,
     out,
@@ -150,6 +151,7 @@ def totals(plan: Plan, memory: int | None) -> list[tuple[str, str]]:
         ("after", f"{exact(plan.bytes_after)} in {plural(len(plan.files), 'file')}{ratio}"),
         ("weights", f"{plan.bits_per_weight:.2f} bits each, scales included"),
     ]
+    found += layer_inputs(step.activation for step in plan.steps)
     if memory is not None:
         found.append(("memory", f"{size(memory)} while it runs, beside Python and torch"))
     return found

@@ -8,11 +8,13 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from monoquant_core.cli.signals import BROKEN_PIPE, Quit
+from monoquant_core.encoding import ActivationQuant
 from monoquant_core.errors import OutputError
 
 GAP = "  "
@@ -195,6 +197,13 @@ def shape(dims: Sequence[int]) -> str:
 def decibels(value: float) -> str:
     """An SQNR; without a difference it is infinite."""
     return "exact" if value == math.inf else f"{value:.1f} dB" if math.isfinite(value) else "no signal"
+
+
+def layer_inputs(activations: Iterable[ActivationQuant | None]) -> list[tuple[str, str]]:
+    """A field on how inputs of layers are quantized when the model runs, where some are."""
+    counted = Counter(str(activation) for activation in activations if activation is not None)
+    said = ", ".join(f"{text}: {plural(count, 'layer')}" for text, count in counted.items())
+    return [("inputs", said)] if said else []
 
 
 def plural(count: int, noun: str) -> str:

@@ -113,7 +113,7 @@ def kind_of(spec: TensorSpec, info: ModelInfo | None = None) -> str:
     kind = next((kind for pattern, kind in _MODULE_KINDS if pattern.search(spec.module)), "")
     if kind == "embedding" and _POSITIONS.search(spec.name):
         return "position"
-    if kind in ("linear", "") and _ROUTERS.match(owner) and rank == 2:
+    if kind in ("linear", "") and rank == 2 and (_ROUTERS.match(owner) or path[-2:-1] == ["router"]):
         return "router"
     if kind in ("linear", "conv", "conv_transpose") and leaf != "weight" and _is_vector(spec.shape):
         return "vector"  # such as weight_g of a weight norm

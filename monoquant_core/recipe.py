@@ -187,6 +187,18 @@ class Text(str):
     __slots__ = ()
 
 
+def refuse_base(name: str) -> None:
+    """Refuse a base of recipes as a scheme.
+
+    :raises RecipeError: saying where bases are named.
+    """
+    if name.lower() in (DEFAULT, NONE):
+        raise RecipeError(
+            f"{name!r} is no scheme: it is a base, the rules that follow a recipe's own",
+            hint=f'in a recipe file: base = "{name.lower()}"; "keep" leaves tensors as they are',
+        )
+
+
 def near_names(pattern: str, specs: Sequence[TensorSpec]) -> list[str]:
     """Names in the model that look like a pattern which matched nothing."""
     bare = pattern.removeprefix("re:").strip("*^$.").replace("\\", "")

@@ -24,6 +24,7 @@ from monoquant_core.recipe import (
     Rule,
     Text,
     near_names,
+    refuse_base,
 )
 from monoquant_core.schemes import Proposal, Quantizer, Refusal
 from monoquant_core.stats import TensorStats, input_stats
@@ -174,6 +175,7 @@ class Chooser:
         return dataclasses.replace(self.asked, scheme=scheme, rules=tuple(rules)).to_dict()
 
     def _declaration(self, name: str, owner: str) -> SchemeDeclaration:
+        refuse_base(name)
         known = name.lower()
         if known in self.registry.recipes and known not in self.registry.schemes and owner != "--scheme":
             raise RecipeError(f"{owner}: {name!r} is a recipe; a rule takes a scheme")
@@ -189,7 +191,10 @@ class Chooser:
         builtin: dict[str, RecipeSource] = {DEFAULT: DefaultRecipe(), NONE: NoRecipe()}
         if name.lower() in builtin:
             return builtin[name.lower()].rules(info, specs)
-        declared = self.registry.recipe(name)
+        try:
+            declared = self.registry.recipe(name)
+        except UnknownNameError as exc:
+            raise UnknownNameError(f"{exc}; built in: {', '.join(builtin)}", hint=exc.hint) from None
         bound: object = opts.build(declared.options, values, owner=declared.name)
         source: RecipeSource = self.registry.make(declared, bound)
         return source.rules(info, specs)

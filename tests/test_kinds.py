@@ -47,6 +47,8 @@ def spec(name: str, *shape: int, module: str = "", dtype: str = "float32") -> Te
         ("score.weight", (2, 8), "head"),
         ("model.layers.0.mlp.gate.weight", (4, 8), "router"),
         ("model.layers.0.block_sparse_moe.gate.weight", (4, 8), "router"),
+        ("model.layers.0.block_sparse_moe.router.layer.weight", (4, 8), "router"),
+        ("char_embeddings.HashBucketCodepointEmbedder_3.weight", (64, 8), "embedding"),
         ("model.layers.0.mlp.gate_proj.weight", (4, 8), "linear"),
         ("model.layers.0.mlp.experts.gate_up_proj", (4, 8, 16), "experts"),
         ("backbone.layers.0.mixer.A_log", (8, 16), "state"),

@@ -347,6 +347,21 @@ FOUR = Encoding(UINT4, (1, 4), "float32", zero_point=UINT4)
 EIGHT = Encoding(INT8, (1, FULL), "float32")
 
 
+@pytest.mark.parametrize(
+    ("choice", "error", "message"),
+    [
+        ({"scheme": "None"}, RecipeError, "'None' is no scheme: it is a base"),
+        ({"rules": [Rule("default", ("a.weight",))]}, RecipeError, "'default' is no scheme: it is a base"),
+        ({"recipe": Recipe(base="nome")}, UnknownNameError, "no recipe 'nome'; .*built in: default, none"),
+        ({"rules": [Rule("int8", module="Linear")]}, RecipeError, "module Linear matches none of the 1 tensors"),
+    ],
+)
+def test_names_of_another_kind_are_told_apart(registry, choice, error, message):
+    with pytest.raises(error, match=message) as caught:
+        decide(registry, [weight("a.weight")], **choice)
+    assert caught.value.hint
+
+
 def test_finished_files_are_repacked_never_requantized(registry):
     specs = [weight("a.weight", encoding=EIGHT)]
     plan = decide(registry, specs, scheme="", format="raw", format_options={"half_scales": True}, quantizing=False)

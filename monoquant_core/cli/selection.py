@@ -97,8 +97,11 @@ def _also(text: str, registry: Registry, typed: Typed, first: Mapping[str, Any])
 def named_scheme(registry: Registry, name: str) -> Declaration | None:
     """What ``--scheme`` names: a recipe, else a scheme.
 
-    :raises UnknownNameError: naming the nearest one, or what to install.
+    :raises MonoquantError: naming the nearest one, or what to install.
     """
+    from monoquant_core.recipe import refuse_base
+
     if not name:
         return None
+    refuse_base(name)
     return registry.recipes.get(name.lower()) or registry.scheme(name)

@@ -305,6 +305,9 @@ def test_names_match_under_the_prefixes_that_transformers_puts(kept):
     [
         (True, "LlamaForCausalLM", ["lm_head"]),
         (True, "BertForMaskedLM", ["lm_head", "cls.predictions.decoder", "lm_head.decoder", "predictions.decoder"]),
+        (True, "BertLMHeadModel", ["lm_head", "cls.predictions.decoder", "lm_head.decoder"]),
+        (True, "RobertaForCausalLM", ["lm_head", "cls.predictions.decoder", "lm_head.decoder"]),
+        (True, "XLNetLMHeadModel", ["lm_head", "lm_loss"]),
         (True, "WhisperForConditionalGeneration", ["lm_head", "proj_out"]),
         (False, "LlamaForCausalLM", ["lm_head"]),
         (False, "GPTNeoXForCausalLM", ["lm_head"]),  # what transformers makes of embed_out
@@ -557,3 +560,8 @@ def test_kept_layers_of_models_that_transformers_renames_are_said():
     assert not any(
         "renames its layers" in note for note in plan([*specs, spec("classifier.weight", 3, 64)], config).notes
     )
+
+
+def test_code_that_is_not_copied_is_said():
+    config = {**CONFIG, "auto_map": {"AutoModel": "modeling_own.OwnModel"}}
+    assert any("put the .py files beside it" in note for note in plan(config=config).notes)

@@ -176,7 +176,7 @@ class CompressedTensorsExporter:
         """What consumers do with the file as a whole."""
         schemes = _schemes(layout)
         tied = bool(schemes) and must_tie(layout)
-        return layout_notes(schemes, self._float_modules(layout), layout.info.model_type, tied=tied)
+        return layout_notes(schemes, self._float_modules(layout), layout.info.config or {}, tied=tied)
 
     def _not_linear(self, out: Output) -> str:
         """Why a tensor is not the weight of an nn.Linear; "" when it may be."""

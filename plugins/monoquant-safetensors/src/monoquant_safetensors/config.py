@@ -18,14 +18,28 @@ VERSION = "0.20.0"  #: of compressed-tensors, whose layout this is
 
 QUANTIZATION = "quantization_config"
 
+_CLS = ("cls.predictions.decoder", "lm_head.decoder")
+
 #: architecture -> output heads that transformers ties to the embeddings, so that files do not hold them
 _TIED_HEADS = (
     (r"ForMaskedLM|ForPreTraining|WithLMHead", ("cls.predictions.decoder", "lm_head.decoder", "predictions.decoder")),
+    (r"(Bert|berta|Ernie|BigBird|Electra|Xmod|Data2VecText)\w*(ForCausalLM|LMHead|Generation)", _CLS),
     (r"^(Electra|ConvBert)", ("generator_lm_head",)),
     (r"^DistilBert", ("vocab_projector",)),
     (r"^ModernBert", ("decoder",)),
     (r"^(Whisper|Moonshine|CohereAsr|Canary)", ("proj_out",)),
     (r"^GPTNeoX", ("embed_out",)),
+    (r"^(XLM|Flaubert)With", ("pred_layer.proj",)),
+    (r"^XLNet", ("lm_loss",)),
+    (r"^(BioGpt|TrOCR)", ("output_projection",)),
+    (r"^T5Gemma", ("lm_head.out_proj",)),
+    (r"^Rwkv", ("head",)),
+    (r"^Git", ("output",)),
+    (r"^Luke", ("entity_predictions.decoder",)),
+    (r"^Blip", ("text_decoder.cls.predictions.decoder",)),
+    (r"^(Vilt|BridgeTower)", ("mlm_score.decoder",)),
+    (r"^SpeechT5", ("text_decoder_postnet.lm_head",)),
+    (r"^Kosmos2", ("text_model.lm_head",)),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from monoquant_safetensors import arguments as ct
 from monoquant_safetensors.config import Scheme
@@ -26,15 +27,21 @@ _RENAMED = "audio-spectrogram-transformer beit deit dinov2 dinov2_with_registers
 
 
 def layout_notes(
-    schemes: Mapping[str, Scheme], floats: Sequence[str], model_type: str | None, *, tied: bool
+    schemes: Mapping[str, Scheme], floats: Sequence[str], config: Mapping[str, Any], *, tied: bool
 ) -> list[str]:
     """What to know of the folder as a whole.
 
     :param schemes: every quantized module.
     :param floats: modules that are Linear, as far as can be told, and stay floats.
+    :param config: the source's config.json.
     :param tied: whether ``tie_word_embeddings`` had to be set.
     """
     notes = []
+    model_type = str(config.get("model_type"))
+    if config.get("auto_map"):
+        notes.append(
+            "config.json names code of the model's own (auto_map), which is not copied: put the .py files beside it"
+        )
     groups = {scheme.key for scheme in schemes.values()}
     if len(groups) > 1:
         notes.append(

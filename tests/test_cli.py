@@ -196,6 +196,43 @@ def test_recipes_of_the_core_are_shown(run: Run, name: str) -> None:
     assert name in run("recipes", "list").stdout
 
 
+PROBES = """
+from monoquant_core.declarations import ProbeDeclaration
+from monoquant_core.hookspecs import hookimpl
+from monoquant_core.probes import Finding, ProbeResult
+
+ANSWERS = {
+    "fails": lambda: 1 / 0,
+    "nothing": lambda: None,
+    "swift": lambda: ProbeResult("swift", True, "here", findings={"scheme:int8": Finding("swift", "why not")}),
+    "text": lambda: ProbeResult("text", True, "here", findings={"scheme:int8": "fast"}),
+    "mute": lambda: ProbeResult("mute", True, None),
+}
+
+
+@hookimpl
+def monoquant_register_probes():
+    return [ProbeDeclaration(name, "one", f"probing_plugin:{name}") for name in ANSWERS]
+
+
+def __getattr__(name):
+    if name not in ANSWERS:
+        raise AttributeError(name)
+    return lambda options: type("Probe", (), {"probe": staticmethod(ANSWERS[name])})()
+"""
+
+
+def test_probes_that_answer_wrongly_are_named_and_the_rest_is_told(run: Run, install: Install) -> None:
+    done = run("doctor", "--json", env=install("probing", PROBES))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["probes"]
+    said = {name: found[name]["summary"] for name in ("fails", "nothing", "swift", "text", "mute")}
+    assert all(text.startswith("the probe failed: ") for text in said.values()), said
+    assert "got 'swift'" in said["swift"]
+    assert "scheme:int8" in said["text"]
+    assert found["cpu"]["present"]
+
+
 def test_doctor_knows_this_machine_and_says_what_it_does_not_know(run: Run, install: Install) -> None:
     env = install("ternary", TERNARY)
     found = json.loads(run("doctor", "--json", env=env).stdout)

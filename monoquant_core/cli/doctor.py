@@ -45,6 +45,8 @@ def run_probes(registry: Registry) -> dict[str, ProbeResult]:
     for declared in registry.probes.values():
         try:
             result = registry.make(declared, declared.options()).probe()
+            if not isinstance(result, ProbeResult):
+                raise TypeError(f"it gives a {type(result).__name__}")
         except Exception as exc:  # noqa: BLE001 - a plugin may fail in any way
             result = ProbeResult(declared.name, present=False, summary=f"the probe failed: {exc!r}")
         results[declared.name] = result

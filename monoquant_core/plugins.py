@@ -181,10 +181,18 @@ def load_registry(extra: tuple[object, ...] = (), *, found: Iterable[EntryPoint]
     for plugin, module in usable:
         with _noting_problems(registry, plugin):
             _register(registry, plugin, module)
+    raise_if_strict(registry)
+    return registry
+
+
+def raise_if_strict(registry: Registry) -> None:
+    """Make the first problem an error if ``MONOQUANT_STRICT_PLUGINS`` asks for it.
+
+    :raises PluginError: naming the plugin.
+    """
     if registry.problems and os.environ.get("MONOQUANT_STRICT_PLUGINS", "0") not in ("", "0"):
         first = registry.problems[0]
         raise PluginError(first.plugin, first.reason)
-    return registry
 
 
 def install_hint(name: str) -> str:

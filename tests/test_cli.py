@@ -304,6 +304,9 @@ def test_a_plugin_whose_commands_fail_is_left_out(run: Run, install: Install) ->
     result = run("plugins", "list", env=env)
     assert result.returncode == 0
     assert "failing (monoquant-failing): its commands failed to register: RuntimeError('no')" in result.stdout
+    strict = run("plugins", "list", env={**env, "MONOQUANT_STRICT_PLUGINS": "1"})
+    assert strict.returncode == 2
+    assert "error: plugin 'failing': its commands failed to register: RuntimeError('no')" in strict.stderr
 
 
 @pytest.mark.parametrize(

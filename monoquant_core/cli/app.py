@@ -20,7 +20,7 @@ from monoquant_core.cli import (
     verify,
 )
 from monoquant_core.cli.render import out
-from monoquant_core.plugins import Problem, Registry
+from monoquant_core.plugins import Problem, Registry, raise_if_strict
 
 HELP = "Quantize any PyTorch model and export it to the file its runtime loads."
 
@@ -82,6 +82,7 @@ def _register_plugin_commands(app: typer.Typer, registry: Registry) -> None:
             app.registered_commands[:], app.registered_groups[:] = commands, groups
             app.registered_callback = callback
             registry.problems.append(Problem(plugin.plugin, plugin.distribution, reason))
+    raise_if_strict(registry)
 
 
 def _try(commands: Sequence[Any], groups: Sequence[Any]) -> None:

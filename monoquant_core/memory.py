@@ -6,7 +6,7 @@ import functools
 import heapq
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +14,8 @@ from monoquant_core.model import DTYPE_BITS
 from monoquant_core.planning import Plan, Step
 from monoquant_core.rows import row_length
 from monoquant_core.tasks import CHUNK_ELEMENTS, Task, largest_tasks
+
+MEMBERSHIP, CONTROL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 _OVERHEAD = 16 << 20  #: threads' stacks, allocator arenas, headers and plan; measured
 _HELD = 4 << 20  #: more than what is in use, before freed memory is looked for again
@@ -125,29 +127,33 @@ def _malloc_trim() -> Callable[[int], int] | None:
         return None
 
 
-def _quotas() -> list[float]:
-    """Processors that the control groups of this process allow, one number per group with a limit."""
+def control_groups(controller: str) -> Iterator[tuple[Path, bool]]:
+    """Folders of the control groups that this process is in, the innermost first; and whether they are of version 2.
+
+    :param controller: "cpu", "memory": of version 1, which has a hierarchy for each.
+    """
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = MEMBERSHIP.read_text().splitlines()
     except OSError:
-        return []
-    found = []
+        return
     for line in lines:
         _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            folder, names = Path("/sys/fs/cgroup"), ["cpu.max"]
-        elif "cpu" in controllers.split(","):
-            folder, names = Path("/sys/fs/cgroup/cpu"), ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
-        inner = folder.joinpath(*Path(group).parts[1:])
-        for place in (inner, *inner.parents):
-            if place != folder and folder not in place.parents:
-                break
-            try:
-                quota, period = " ".join((place / name).read_text().strip() for name in names).split()
-            except (OSError, ValueError):
-                continue
-            if quota not in ("max", "-1"):
-                found.append(int(quota) / int(period))
+        top = CONTROL_GROUPS / controller if controllers else CONTROL_GROUPS
+        own = top.joinpath(*Path(group).parts[1:])
+        yield from ((folder, not controllers) for folder in (own, *own.parents) if top in (folder, *folder.parents))
+
+
+def _quotas() -> list[float]:
+    """Processors that the control groups of this process allow, one number per group with a limit."""
+    found = []
+    for folder, unified in control_groups("cpu"):
+        names = ["cpu.max"] if unified else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        try:
+            quota, period = " ".join((folder / name).read_text().strip() for name in names).split()
+        except (OSError, ValueError):
+            continue
+        if quota not in ("max", "-1"):
+            found.append(int(quota) / int(period))
     return found

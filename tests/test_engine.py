@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from engine_kit import DictSource, RawExporter, Tiny, make_plan, read_back, read_part
 
+from monoquant_core import memory
 from monoquant_core.encoding import FULL, INT4, INT8, Encoding, per_channel, per_group, per_tensor
 from monoquant_core.engine import RunOptions, compute, find_device, write
 from monoquant_core.errors import (
@@ -924,6 +925,24 @@ print(full, held, resident_bytes())
     full, held, after = map(int, out.stdout.split())
     assert held > full - 30_000_000  # it was not given back by itself
     assert after < full - 50_000_000
+
+
+def test_usable_cores_are_those_that_control_groups_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = usable_cores()
+    (tmp_path / "cgroup").write_text("0::/slice/job\n")
+    (tmp_path / "slice" / "job").mkdir(parents=True)
+    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(memory.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    assert usable_cores() == 64 >= here
+    (tmp_path / "slice" / "job" / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "slice" / "cpu.max").write_text("250000 100000\n")
+    assert usable_cores() == 3
+    (tmp_path / "cgroup").write_text("7:cpu,cpuacct:/job\n5:memory:/\n")  # version 1
+    (tmp_path / "cpu" / "job").mkdir(parents=True)
+    (tmp_path / "cpu" / "job" / "cpu.cfs_quota_us").write_text("50000\n")
+    (tmp_path / "cpu" / "job" / "cpu.cfs_period_us").write_text("100000\n")
+    assert usable_cores() == 1
 
 
 def test_usable_cores_are_at_least_one() -> None:

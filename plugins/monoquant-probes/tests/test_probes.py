@@ -12,6 +12,7 @@ import pytest
 from monoquant_probes import cpu, instructions, memory, runtimes, torch_devices
 from monoquant_probes.plugin import monoquant_register_probes
 
+from monoquant_core import memory as core_memory
 from monoquant_core.cli.doctor import judge, run_probes
 from monoquant_core.declarations import NoOptions, ProbeDeclaration
 from monoquant_core.plugins import load_registry
@@ -92,13 +93,23 @@ def test_what_a_processor_makes_of_a_scheme(text: str, scheme: str, speed: str, 
 def test_memory_of_proc_and_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "meminfo").write_text("MemTotal:       16000 kB\nMemFree: 1 kB\nMemAvailable:    8000 kB\n")
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    groups, inner = tmp_path / "groups", tmp_path / "groups" / "slice" / "job"
+    inner.mkdir(parents=True)
+    (tmp_path / "cgroup").write_text("0::/slice/job\n")
+    monkeypatch.setattr(core_memory, "MEMBERSHIP", tmp_path / "cgroup")
+    monkeypatch.setattr(core_memory, "CONTROL_GROUPS", groups)
     assert memory.memory() == (16_384_000, 8_192_000)
-    (tmp_path / "memory.max").write_text("max\n")
+    (inner / "memory.max").write_text("max\n")
+    (inner / "memory.current").write_text("500000\n")
     assert memory.memory() == (16_384_000, 8_192_000)
-    (tmp_path / "memory.max").write_text("4000000\n")
-    (tmp_path / "memory.current").write_text("1000000\n")
+    (inner.parent / "memory.max").write_text("4000000\n")
+    (inner.parent / "memory.current").write_text("1000000\n")
     assert memory.memory() == (4_000_000, 3_000_000)
+    (tmp_path / "cgroup").write_text("5:cpu:/\n4:memory,hugetlb:/job\n")  # version 1
+    (groups / "memory" / "job").mkdir(parents=True)
+    (groups / "memory" / "job" / "memory.limit_in_bytes").write_text("2000000\n")
+    (groups / "memory" / "job" / "memory.usage_in_bytes").write_text("500000\n")
+    assert memory.memory() == (2_000_000, 1_500_000)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="compares with Linux's own numbers")

@@ -8,15 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from monoquant_core.memory import control_groups
+
 MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def memory() -> tuple[int | None, int | None]:
     """(total, available) in bytes; None where nobody can be asked. A container's limit counts as the total."""
     if MEMINFO.is_file():
         total, available = meminfo(MEMINFO.read_text(encoding="utf-8"))
-        return _within_cgroup(total, available)
+        return _within_groups(total, available)
     if sys.platform == "darwin":
         return _sysctl_memory()
     if sys.platform == "win32":
@@ -33,16 +34,17 @@ def meminfo(text: str) -> tuple[int | None, int | None]:
     return found.get("MemTotal"), found.get("MemAvailable")
 
 
-def _within_cgroup(total: int | None, available: int | None) -> tuple[int | None, int | None]:
-    for limit_file, used_file in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "")):
+def _within_groups(total: int | None, available: int | None) -> tuple[int | None, int | None]:
+    """The least that the machine and any control group leave."""
+    for folder, unified in control_groups("memory"):
+        names = ("memory.max", "memory.current") if unified else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         try:
-            limit = int((CGROUP / limit_file).read_text())
-            used = int((CGROUP / used_file).read_text()) if used_file else 0
+            limit, used = (int((folder / name).read_text()) for name in names)
         except (OSError, ValueError):  # no such file, or "max"
             continue
-        if total is None or limit < total:
-            left = max(0, limit - used)
-            return limit, left if available is None else min(available, left)
+        left = max(0, limit - used)
+        total = limit if total is None else min(total, limit)
+        available = left if available is None else min(available, left)
     return total, available
 
 

@@ -51,7 +51,8 @@ class Reference:
             reason = f"{type(exc).__name__}: {' '.join(str(exc).split())[:240]}"
             shapes = ", ".join(f"{str(t.dtype)[6:]} {list(t.shape)}" for t in inputs)
             raise SourceError(
-                f"{self.name}: does not run on {shapes}: {reason}", hint="--data gives an example of what it takes"
+                f"{self.name}: does not run on {shapes}: {reason}",
+                hint="--data (example= in Python) gives an example of what it takes",
             ) from exc
         found = [(k, t) for k, t in _pytree.tree_leaves_with_path(result) if isinstance(t, torch.Tensor)]
         self.output_names = [_name(keys) for keys, _ in found]

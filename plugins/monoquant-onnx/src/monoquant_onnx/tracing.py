@@ -114,7 +114,7 @@ def _example(runnable: Any, example: Batch | None, name: str) -> dict[str, Any] 
         except CalibrationError as exc:
             raise CalibrationError(
                 f"{name}: nothing says what the model takes, and tracing its graph needs an example: {exc}",
-                hint="--data FILE gives one batch to trace with (also without calibration)",
+                hint="--data FILE (example= in Python) gives one batch to trace with, also without calibration",
             ) from exc
     batch: dict[str, Any] | tuple[Any, ...]
     if isinstance(example, Mapping):

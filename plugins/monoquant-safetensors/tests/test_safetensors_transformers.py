@@ -307,6 +307,16 @@ def test_layers_that_are_initialized_by_their_weights(tmp_path, scheme):
     assert check_exact(load(tmp_path / "out", transformers.T5EncoderModel, **how), tmp_path / "out") == 6
 
 
+def test_matrices_that_transformers_splits(tmp_path):
+    """What the note warns of. When this fails, transformers has been repaired: see to the others of the list."""
+    transformers.NomicBertModel(transformers.NomicBertConfig(**SMALL)).save_pretrained(tmp_path / "float")
+    with mq.quantize(tmp_path / "float", scheme="int8") as model:
+        report = model.save(tmp_path / "out")
+    assert any("quantized ones it cannot" in note for note in report.notes)
+    with pytest.raises(RuntimeError):
+        load(tmp_path / "out")
+
+
 def test_layers_that_are_no_linear_get_the_generic_convention(tmp_path):
     """GPT-2 keeps its weights in Conv1D, as [in, out]."""
     config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=32)

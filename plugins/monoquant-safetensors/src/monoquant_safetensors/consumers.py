@@ -12,18 +12,24 @@ from monoquant_safetensors.config import Scheme
 #: model types of which transformers 5.23 initializes layers by their ``weight``, which packed ones do not have
 _NEEDS_WEIGHT = (
     "align altclip blt bridgetower chinese_clip chinese_clip_vision_model clap clipseg clvp cohere2_vision cvt d_fine "
-    "data2vec-audio deepseek_vl deepseek_vl_hybrid deimv2 depth_pro dinov2 dinov2_with_registers dinov3_vit falcon "
+    "data2vec-audio deepseek_vl deepseek_vl_hybrid deimv2 depth_pro dinov3_vit falcon "
     "falcon_mamba fastspeech2_conformer gemma3 gpt_bigcode grounding-dino groupvit hiera ijepa kosmos-2 lfm2_vl "
     "llava_onevision longt5 lw_detr mamba mamba2 mask2former mgp-str mlcd mlcd_vision_model mm-grounding-dino "
     "modernbert modernbert-decoder modernvbert mt5 nanochat neomme neucodec oneformer owlv2 owlvit paligemma pe_audio "
-    "phi4_multimodal pi0 pvt pvt_v2 radio recurrent_gemma rf_detr rt_detr rwkv sam3_lite_text sapiens2 seamless_m4t "
+    "phi4_multimodal pi0 pvt pvt_v2 recurrent_gemma rt_detr rwkv sam3_lite_text seamless_m4t "
     "seamless_m4t_v2 seggpt siglip siglip2 siglip2_vision_model siglip_vision_model swiftformer swin2sr "
-    "switch_transformers t5 t5gemma2 timesformer tipsv2 udop ultravbert umt5 unispeech unispeech-sat videoprism vitdet "
+    "switch_transformers t5 t5gemma2 timesformer udop ultravbert umt5 unispeech unispeech-sat videoprism vitdet "
     "vjepa2 wav2vec2 wav2vec2-bert wav2vec2-conformer wavlm xclip xcodec xlstm"
 )
 
+#: model types of which transformers 5.23 splits matrices while it loads them: q, k and v, or gate and up
+_SPLIT = (
+    "dinov2 dinov2_with_registers gte hrm_text inkling_mm_model jina_embeddings_v3 kimi_k25 molmo2 nemo_speechlm "
+    "nomic_bert qianfan_ocr radio rf_detr sapiens2 step3p5 tipsv2 unlimited_ocr"
+)
+
 #: model types whose layers transformers 5.23 loads under other names than the checkpoint's
-_RENAMED = "audio-spectrogram-transformer beit deit dinov2 dinov2_with_registers ijepa vit vit_mae vit_msn vivit"
+_RENAMED = "audio-spectrogram-transformer beit deit ijepa vit vit_mae vit_msn vivit"
 
 
 def layout_notes(
@@ -50,7 +56,14 @@ def layout_notes(
         )
     if tied:
         notes.append("tie_word_embeddings is set: head and embeddings are one tensor, and it is written once")
-    if model_type in _NEEDS_WEIGHT.split() and any(s.weights.format in (ct.PACKED, ct.MXFP4) for s in schemes.values()):
+    if model_type in _SPLIT.split() and schemes:
+        notes.append(
+            f"{model_type}: transformers 5.23 splits matrices of it while it loads them, and quantized ones it cannot: "
+            "it fails, or goes on with random weights"
+        )
+    elif model_type in _NEEDS_WEIGHT.split() and any(
+        s.weights.format in (ct.PACKED, ct.MXFP4) for s in schemes.values()
+    ):
         notes.append(
             f"{model_type}: transformers 5.23 loads packed weights of some of its layers only with "
             "CompressedTensorsConfig(dequantize=True); those of w8a8 and fp8 are not packed"

@@ -325,7 +325,7 @@ def plan_all(targets: Sequence[Target]) -> list[tuple[Plan, Path]]:
         try:
             plan = model.plan(format, format_options=options, destination=path.name, on_unsupported=how)
         except PlanError as exc:
-            if len(targets) == 1:
+            if len(targets) == 1 or str(exc).startswith(f"{path.name}: "):
                 raise
             raise type(exc)(f"{path}: {exc}", hint=exc.hint) from exc
         outputs.append((plan, path))

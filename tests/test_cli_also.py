@@ -145,6 +145,17 @@ def test_one_refusal_stops_all(folder: Path, run: Run, also: str, message: str, 
     assert content(folder) == before
 
 
+def test_a_refusal_names_its_output_once(folder: Path, tmp_path: Path, run: Run) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes((folder / "m.safetensors").read_bytes())
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    found = run("quantize", model, "-o", tmp_path / "a", "--also", f"int8={tmp_path / 'b.safetensors'}")
+    assert found.returncode == 2
+    assert found.stderr.count("b.safetensors") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
 def test_a_dry_run_refuses_what_the_run_would(folder: Path, run: Run) -> None:
     done = run("quantize", "m.safetensors", "-o", "a", "--scheme", "int8", "--dry-run", "--also", "int8=a", cwd=folder)
     assert (done.returncode, done.stdout) == (2, "")

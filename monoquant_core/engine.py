@@ -24,7 +24,7 @@ from monoquant_core.commit import Destination, check_apart, commit_all
 from monoquant_core.errors import CheckError, DeviceError, EncodingError, PlanError
 from monoquant_core.exporters import Exporter
 from monoquant_core.gather import Reading, ReadOnce, Rows, join
-from monoquant_core.memory import FreedMemory, peak_bytes, resident_bytes, usable_cores, working_bytes
+from monoquant_core.memory import FreedMemory, default_threads, peak_bytes, resident_bytes, working_bytes
 from monoquant_core.metrics import Energies
 from monoquant_core.model import Source, TensorSpec
 from monoquant_core.planning import Decision, Plan, Step
@@ -33,7 +33,7 @@ from monoquant_core.rows import chunks, quantum
 from monoquant_core.scratch import Scratch
 from monoquant_core.stats import TensorStats
 from monoquant_core.store import Store, places_of, same_rows
-from monoquant_core.tasks import CHUNK_ELEMENTS, Task, check_steps, schedule, waits_for
+from monoquant_core.tasks import CHUNK_ELEMENTS, Task, check_steps, elements_of_tasks, schedule, waits_for
 from monoquant_core.tensor import QuantizedTensor
 from monoquant_core.work import RowMaker, Work, keep_hint
 from monoquant_core.workers import Workers
@@ -46,8 +46,8 @@ DEVICE_THREADS = 4  #: enough to keep it busy while others read and write; each 
 class RunOptions:
     """How a plan is carried out. None of it changes the bytes."""
 
-    threads: int = 0  #: 0 is one per usable core, for an accelerator at most four
-    chunk_elements: int = CHUNK_ELEMENTS
+    threads: int = 0  #: 0 is one per usable core, at most eight, for an accelerator four
+    chunk_elements: int = 0  #: 0 is what suits the threads
     device: str = "cpu"
     force: bool = False  #: replace what is there
     nonfinite: Literal["refuse", "allow"] = "refuse"  #: NaN and infinity in tensors that are not quantized
@@ -94,11 +94,11 @@ def write_all(
     began, start_bytes, earlier_bytes = time.perf_counter(), resident_bytes(), peak_bytes()
     device = find_device(options.device)
     threads = _threads(options, device)
-    predicted = working_bytes(plans, threads, _chunk_elements(options, device))
+    predicted = working_bytes(plans, threads, _chunk_elements(options, threads, device))
     steps = [step for plan in plans for step in plan.steps]
     for plan in plans:
         check_steps(plan.steps)
-    works, tasks = _works(steps, options, device, stats)
+    works, tasks = _works(steps, _chunk_elements(options, threads, device), device, stats)
     places = [places_of(plan) for plan in plans]
     protect = [path for plan in plans for path in (*plan.info.paths, *plan.info.side_files.values())]
     tell = progress or (lambda _: None)
@@ -178,11 +178,12 @@ def compute(
     """
     device = find_device(options.device)
     check_steps([step])
-    works, tasks = _works([step], options, device, stats)
+    threads = _threads(options, device)
+    works, tasks = _works([step], _chunk_elements(options, threads, device), device, stats)
     work = works[0]
     if work.waits_for:
         raise PlanError(f"{work.name}: is made of other outputs, which only a whole run makes")
-    with Workers(_threads(options, device)) as workers:
+    with Workers(threads) as workers:
         rows = RowMaker(source, device, options.nonfinite)
         _scan(works, tasks, rows, workers, lambda _: None)
         ranges = [r for task in tasks for _, r in task.outputs]
@@ -252,20 +253,20 @@ def _exporter(plan: Plan) -> Exporter:
 
 
 def _threads(options: RunOptions, device: torch.device) -> int:
-    if options.threads < 0 or options.chunk_elements < 1:
-        raise PlanError(f"threads {options.threads} and chunk elements {options.chunk_elements} must be positive")
-    return options.threads or (usable_cores() if device.type == "cpu" else min(usable_cores(), DEVICE_THREADS))
+    if options.threads < 0 or options.chunk_elements < 0:
+        raise PlanError(f"threads {options.threads} and chunk elements {options.chunk_elements} must not be negative")
+    return options.threads or (default_threads() if device.type == "cpu" else min(default_threads(), DEVICE_THREADS))
 
 
-def _chunk_elements(options: RunOptions, device: torch.device) -> int:
-    return options.chunk_elements * (1 if device.type == "cpu" else DEVICE_CHUNKS)
+def _chunk_elements(options: RunOptions, threads: int, device: torch.device) -> int:
+    return (options.chunk_elements or elements_of_tasks(threads)) * (1 if device.type == "cpu" else DEVICE_CHUNKS)
 
 
 def _works(
-    steps: Sequence[Step], options: RunOptions, device: torch.device, stats: Mapping[str, TensorStats] | None
+    steps: Sequence[Step], chunk_elements: int, device: torch.device, stats: Mapping[str, TensorStats] | None
 ) -> tuple[list[Work], list[Task]]:
     """What there is to do, one per step, and the tasks that do it."""
-    tasks = schedule(steps, _chunk_elements(options, device))
+    tasks = schedule(steps, chunk_elements)
     counts = Counter(index for task in tasks for index, _ in task.outputs)
     known = stats or {}
     works = [Work(s, whole=counts[i] == 1, stats=known, device=device) for i, s in enumerate(steps)]

@@ -13,24 +13,29 @@ from typing import cast
 from monoquant_core.model import DTYPE_BITS
 from monoquant_core.planning import Plan, Step
 from monoquant_core.rows import row_length
-from monoquant_core.tasks import CHUNK_ELEMENTS, Task, largest_tasks
+from monoquant_core.tasks import Task, elements_of_tasks, largest_tasks
 
 MEMBERSHIP, CONTROL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 _OVERHEAD = 16 << 20  #: threads' stacks, allocator arenas, headers and plan; measured
+_MOST_THREADS = 8  #: more make torch's operations wait for Python's lock; measured on 16 cores (docs/decisions/0022)
 _HELD = 4 << 20  #: more than what is in use, before freed memory is looked for again
 
 
-def working_bytes(plans: Sequence[Plan], threads: int, chunk_elements: int = CHUNK_ELEMENTS) -> int:
+def working_bytes(plans: Sequence[Plan], threads: int, chunk_elements: int = 0) -> int:
     """Predicted peak memory above what the process has at the start of a run: workers x chunk, never the model.
 
     :param plans: of the outputs that are written in one pass.
+    :param threads: 0 is what a run takes by itself.
+    :param chunk_elements: 0 is what suits the threads.
     """
+    threads = threads or default_threads()
+    chunk_elements = chunk_elements or elements_of_tasks(threads)
     steps = [step for plan in plans for step in plan.steps]
     tasks = (_task_bytes(task, steps) for task in largest_tasks(steps, chunk_elements))
     # Schemes of one plugin share what they load.
     once = max((getattr(step.quantizer, "process_bytes", 0) for step in steps), default=0)
-    return _OVERHEAD + once + sum(heapq.nlargest(max(1, threads), tasks))
+    return _OVERHEAD + once + sum(heapq.nlargest(threads, tasks))
 
 
 def usable_cores() -> int:
@@ -39,6 +44,11 @@ def usable_cores() -> int:
     cores = len(available(0)) if available is not None else os.cpu_count() or 1
     quota = min(_quotas(), default=math.inf)
     return max(1, min(cores, math.ceil(quota) if math.isfinite(quota) else cores))
+
+
+def default_threads() -> int:
+    """How many threads a run has on the CPU, unless it is told."""
+    return min(usable_cores(), _MOST_THREADS)
 
 
 def resident_bytes() -> int:

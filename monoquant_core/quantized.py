@@ -195,7 +195,7 @@ class QuantizedModel:
         """Write it. The path holds nothing, the old file or the complete new one, whatever happens.
 
         :param format: without it, what the suffix of the path says, or safetensors.
-        :param threads: 0 is one per usable core, for an accelerator at most four. They never change a byte.
+        :param threads: 0 is one per usable core, at most 8, or 4 for an accelerator. They never change a byte.
         :param force: replace what is there.
         :param nonfinite: whether NaN and infinity may stay in tensors that are kept.
         :raises MonoquantError: naming the file and the tensor.
@@ -299,7 +299,7 @@ def save_all(
     if nonfinite not in ("refuse", "allow"):
         raise PlanError(f"nonfinite is one of refuse, allow, got {nonfinite!r}")
     if not isinstance(threads, int) or threads < 0:
-        raise PlanError(f"threads is a number, or 0 for one per usable core, got {threads!r}")
+        raise PlanError(f"threads is a number, or 0 for as many as there are cores, got {threads!r}")
     outputs = plan_all(targets)
     from monoquant_core.engine import RunOptions, write_all  # not before the plans: refusals need not wait for torch
 

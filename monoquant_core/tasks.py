@@ -16,6 +16,7 @@ from monoquant_core.reencode import can_reencode, lift
 from monoquant_core.rows import all_rows, chunk_shape, chunks, quantum, row_count, row_length
 
 CHUNK_ELEMENTS = 1 << 19  #: large beside what a task costs, small beside a cache (docs/performance.md)
+FEW_THREADS = 4  #: more wait for one another between torch's operations, unless these take longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,11 @@ class Task:
     nbytes: int  #: of the source that are read for it
     pieces: int = 1  #: reads from the source, each of another tensor
     late: bool = False  #: after all that are not, because it is made of parts of theirs
+
+
+def elements_of_tasks(threads: int) -> int:
+    """How many elements a task should have, so that threads seldom wait for Python's lock."""
+    return CHUNK_ELEMENTS * (1 if threads <= FEW_THREADS else 2)
 
 
 def schedule(steps: Sequence[Step], chunk_elements: int = CHUNK_ELEMENTS) -> list[Task]:

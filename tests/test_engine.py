@@ -41,7 +41,7 @@ from monoquant_core.rows import RowMap, all_rows
 from monoquant_core.schemes import Context
 from monoquant_core.scratch import Scratch
 from monoquant_core.stats import TensorStats
-from monoquant_core.tasks import check_steps, task_ranges, task_rows
+from monoquant_core.tasks import check_steps, elements_of_tasks, schedule, task_ranges, task_rows
 from monoquant_core.tensor import QuantizedTensor, same_bits
 
 
@@ -622,8 +622,8 @@ def test_devices_that_are_not_there(tmp_path: Path) -> None:
 def test_options_that_make_no_sense(tmp_path: Path) -> None:
     source = DictSource({"w": weights(8, 16)})
     plan = make_plan(source, RawExporter())
-    for options in (RunOptions(threads=-1), RunOptions(chunk_elements=0)):
-        with pytest.raises(PlanError, match="must be positive"):
+    for options in (RunOptions(threads=-1), RunOptions(chunk_elements=-1)):
+        with pytest.raises(PlanError, match="must not be negative"):
             write(plan, source, tmp_path / "out", options)
     with pytest.raises(PlanError, match="without a format"):
         write(make_plan(source, None), source, tmp_path / "out")
@@ -947,6 +947,20 @@ def test_usable_cores_are_those_that_control_groups_leave(tmp_path: Path, monkey
 
 def test_usable_cores_are_at_least_one() -> None:
     assert usable_cores() >= 1
+
+
+def test_many_cores_have_eight_threads_with_larger_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = DictSource({"w": torch.randn(3000, 1024)})
+    plan = make_plan(source, RawExporter(), {"w": Tiny()})
+    written = set()
+    for cores, threads in ((2, 2), (8, 8), (64, 8)):
+        monkeypatch.setattr("monoquant_core.memory.usable_cores", lambda cores=cores: cores)
+        report = write(plan, source, tmp_path / f"{cores}", RunOptions())
+        assert (report.threads, report.predicted_bytes) == (threads, working_bytes([plan], threads))
+        written.add((tmp_path / f"{cores}").read_bytes())
+    assert len(written) == 1
+    assert [len(schedule(plan.steps, elements_of_tasks(n))) for n in (1, 4, 5)] == [6, 6, 3]
+    assert write(plan, source, tmp_path / "told", RunOptions(threads=9)).threads == 9
     script = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
     script += (
         "from monoquant_core.memory import usable_cores; import sys; print(usable_cores(), 'torch' in sys.modules)"

@@ -70,7 +70,7 @@ Threads = Annotated[
     typer.Option(
         "--threads",
         min=0,
-        help="Worker threads; 0 is one per usable core, four for an accelerator. They never change a byte.",
+        help="Worker threads; 0 is one per usable core, at most 8, or 4 for an accelerator. They never change a byte.",
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps, xpu.")]

@@ -102,9 +102,9 @@ def show_plans(plans: Sequence[tuple[str, Plan]], *, threads: int, json: bool) -
 
     :param plans: with the names of their outputs, which are shown where there are several.
     """
-    from monoquant_core.memory import usable_cores, working_bytes
+    from monoquant_core.memory import working_bytes
 
-    memory = working_bytes([plan for _, plan in plans], threads or usable_cores())
+    memory = working_bytes([plan for _, plan in plans], threads)
     if json:
         found = [plan.to_dict() for _, plan in plans]
         several = {"outputs": [{"output": name, **data} for (name, _), data in zip(plans, found, strict=True)]}

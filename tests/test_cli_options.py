@@ -174,6 +174,7 @@ def test_declared_names_need_no_plugin_modules() -> None:
         (["int2", "int3", "int4", "w8a8"], "int2-int4, w8a8"),
         (["int2", "int4", "int5"], "int2, int4, int5"),
         (["fp8", "nf4"], "fp8, nf4"),
+        (["Q4_0", "Q8_0", "Q4_0"], "Q4_0, Q8_0"),  # schemes, and a recipe that is called as one
         (["q9", "q10", "q11"], "q9-q11"),
         ([], ""),
     ],

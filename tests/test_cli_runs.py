@@ -136,6 +136,8 @@ def test_quiet_prints_nothing_and_a_state_dict_works(folder: Path, run: Run) -> 
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     first, second = on_disk(folder / "quiet"), on_disk(folder / "int8")
     assert set(first) == set(second)
+    result = run("quantize", folder / "model.pt", "-o", folder / "quiet", "--scheme", "int8", "--force", "-q", "--json")
+    assert (result.stderr, json.loads(result.stdout)["files"]) == ("", on_disk(folder / "quiet"))
 
 
 def test_summary_and_finished_files_are_sources(folder: Path, run: Run, finished: object) -> None:

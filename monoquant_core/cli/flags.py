@@ -76,7 +76,7 @@ Threads = Annotated[
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps, xpu.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on success.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on success but what --json asks for.")]
 UnsafePickle = Annotated[
     bool,
     typer.Option("--unsafe-pickle", help="Read a pickle that may run code. Only for files you would run as a program."),

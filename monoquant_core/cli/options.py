@@ -185,7 +185,7 @@ def _limits(info: OptionInfo) -> str:
 def _listed(names: Iterable[str]) -> str:
     """Names in one line; ``int2, int3, int4`` is ``int2-int4``."""
     runs: list[list[str]] = []
-    for name in names:
+    for name in dict.fromkeys(names):  # a recipe may be called as a scheme is
         stem, number = re.fullmatch(r"(.*?)(\d*)", name).groups()  # type: ignore[union-attr]
         follows = number and runs and runs[-1][-1] == f"{stem}{int(number) - 1}"
         if follows:

@@ -43,5 +43,5 @@ def save_or_plan(
     how: dict[str, Any] = {"threads": threads, "device": device, "force": force, "nonfinite": nonfinite.value}
     with reporter(quiet=quiet) as progress:
         reports = save_all(targets, **how, progress=progress)
-    if not quiet:
+    if json or not quiet:
         show_reports(reports, json=json)

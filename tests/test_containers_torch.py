@@ -530,3 +530,10 @@ def test_strided_tensors_are_read_without_the_rest_of_their_storage(tmp_path: Pa
     start = source.bytes_read
     assert same_bits(source.read("turned", range(100, 200)), wide.t()[100:200].contiguous())
     assert source.bytes_read - start == 64 * 100 * 4
+
+
+def test_values_of_several_lines_are_shown_on_one(tmp_path: Path) -> None:
+    torch.save({torch.arange(90.0): torch.ones(3)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    message = str(refused(tmp_path / "a.pt"))
+    assert "a tensor's name is a string, got tensor([ 0." in message
+    assert "\n" not in message

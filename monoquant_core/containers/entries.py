@@ -109,7 +109,7 @@ def tensor_at(path: Path | str, name: object) -> str:
 
 def shown(value: object) -> str:
     """``repr`` on one line and of bounded length: values from a file must not flood the terminal."""
-    return _SHORT.repr(value)
+    return " ".join(line.strip() for line in _SHORT.repr(value).splitlines())  # tensors have several lines
 
 
 def check_name(path: Path | str, name: object) -> str:

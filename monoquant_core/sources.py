@@ -274,9 +274,11 @@ class ProgramSource(TensorSource):
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
         from monoquant_core.containers.in_memory import find_state
+        from monoquant_core.containers.pt2 import program_modules
 
         tensors, notes = find_state("ExportedProgram", dict(program.state_dict))
-        super().__init__(ModelInfo("ExportedProgram", graph=program, notes=tuple(notes)), {}, tensors=tensors)
+        info = ModelInfo("ExportedProgram", graph=program, notes=tuple(notes))
+        super().__init__(info, {}, tensors=tensors, modules=program_modules(program))
         self.specs()
 
     def close(self) -> None:

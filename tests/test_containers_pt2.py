@@ -128,6 +128,14 @@ def test_ties_modules_and_notes(exported: Path) -> None:
     assert source.info.paths == (exported,)
 
 
+def test_a_program_in_memory_has_the_same_modules(exported: Path) -> None:
+    found = [
+        sorted((spec.name, spec.shape, spec.module, spec.kind) for spec in open_source(source).specs())
+        for source in (exported, torch.export.load(exported))
+    ]
+    assert found[0] == found[1]
+
+
 def test_opening_reads_no_weights(tmp_path: Path) -> None:
     path = tmp_path / "big.pt2"
     torch.export.save(torch.export.export(nn.Linear(1024, 1024), (torch.ones(1, 1024),)), path)

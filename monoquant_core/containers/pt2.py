@@ -7,8 +7,9 @@ without restriction. Here sample inputs are never looked at and other pickles ar
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from monoquant_core.containers.archive import Archive
 from monoquant_core.containers.entries import TensorEntry, check_name, parse_json, shown, strided_entry, tensor_at
@@ -118,36 +119,67 @@ def _signature(archive: Archive, model: str) -> tuple[dict[str, str], list[str]]
                 inputs[value["arg"]["name"]] = check_name(archive.reader.path, name)
             elif kind in ("buffer", "tensor_constant"):
                 constants.append(check_name(archive.reader.path, name))
-        owners = _owners(inputs, module["graph"]["nodes"])
+        owners = _owners(inputs, map(_use, module["graph"]["nodes"]))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as exc:
         raise SourceError(f"{where}: not a graph of torch.export: {type(exc).__name__}: {shown(str(exc))}") from exc
     return {name: owners.get(name, "") for name in inputs.values()}, constants
 
 
-def _owners(inputs: dict[str, str], nodes: list[Any]) -> dict[str, str]:
+def program_modules(program: torch.export.ExportedProgram) -> dict[str, str]:
+    """Tensor -> class of the module that owns it, of a program in memory: as :func:`read_program` finds in its file."""
+    signature = program.graph_signature
+    uses = []
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None:
+            names = [argument.name for argument in schema.arguments]
+            given = [*zip(names, node.args, strict=False), *node.kwargs.items()]
+            arguments = [(name, value.name) for name, value in given if hasattr(value, "name")]
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            uses.append(_Use(schema.name.rpartition("::")[2], stack, arguments))
+    return _owners({**signature.inputs_to_parameters, **signature.inputs_to_buffers}, uses)
+
+
+class _Use(NamedTuple):
+    """What a node of a graph does with which tensors."""
+
+    operator: str  #: "conv1d"
+    stack: list[tuple[str, str]]  #: path and class of the modules that it is in, from outside to inside
+    arguments: list[tuple[str, str]]  #: of tensors: name in the operator's schema, and in the graph
+
+
+def _owners(inputs: dict[str, str], uses: Iterable[_Use]) -> dict[str, str]:
     """Class of the module that owns each tensor: torch.nn's own by their stack, others by what is done with the weight.
 
     :param inputs: name in the graph -> name in the state.
     """
     owners: dict[str, str] = {}
     state = set(inputs.values())
-    for node in nodes:
-        operator = node["target"].removeprefix("torch.ops.aten.").partition(".")[0]
-        stack = _stack(node["metadata"].get("nn_module_stack", ""))
-        for argument in node["inputs"]:
-            value = argument["arg"].get("as_tensor") if isinstance(argument["arg"], dict) else None
-            name = inputs.get(value["name"]) if isinstance(value, dict) else None
+    for use in uses:
+        for argument, value in use.arguments:
+            name = inputs.get(value)
             if name is None:
                 continue
-            own = f"{stack[-1][0]}.{name.rpartition('.')[2]}" if stack else ""
+            own = f"{use.stack[-1][0]}.{name.rpartition('.')[2]}" if use.stack else ""
             if own in state:  # of tied tensors the graph takes one, whichever module asks
                 name = own
-            kind = dict(stack).get(name.rpartition(".")[0], "")
-            if not kind.startswith("torch.nn.") and argument["name"] == "weight":
-                kind = OPERATORS.get(operator, kind)
+            kind = dict(use.stack).get(name.rpartition(".")[0], "")
+            if not kind.startswith("torch.nn.") and argument == "weight":
+                kind = OPERATORS.get(use.operator, kind)
             if kind:
                 owners.setdefault(name, kind.rpartition(".")[2])
     return owners
+
+
+def _use(node: Any) -> _Use:
+    """The same of a serialized node."""
+    operator = node["target"].removeprefix("torch.ops.aten.").partition(".")[0]
+    values = [
+        (argument["name"], argument["arg"].get("as_tensor") if isinstance(argument["arg"], dict) else None)
+        for argument in node["inputs"]
+    ]
+    tensors = [(name, value["name"]) for name, value in values if isinstance(value, dict)]
+    return _Use(operator, _stack(node["metadata"].get("nn_module_stack", "")), tensors)
 
 
 def _stack(text: str) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""``--device``: an accelerator against all cores of the CPU, in the same process and in the whole command."""
+"""``--device``: an accelerator against the CPU, in the same process and in the whole command."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from benchmarks.pipeline import cells, megabytes, run_once, summary
 from benchmarks.results import Gate, Section, Table, number
 from benchmarks.synthetic import NAME, geometry, heavy_tailed, write_checkpoint
 from monoquant_core.engine import DEVICE_CHUNKS, DEVICE_THREADS, RunOptions, write
-from monoquant_core.memory import usable_cores
+from monoquant_core.memory import default_threads, usable_cores
 from monoquant_core.planning import Plan
 from monoquant_core.reencode import reencode
 from monoquant_core.schemes import Context
 from monoquant_core.scratch import Scratch
-from monoquant_core.tasks import CHUNK_ELEMENTS, task_ranges
+from monoquant_core.tasks import CHUNK_ELEMENTS, elements_of_tasks, task_ranges
 from monoquant_core.workers import Workers
 
-KERNEL_GATE = 1.0  # times as fast as all cores, the way there and back included
+KERNEL_GATE = 1.0  # times as fast as the CPU, the way there and back included
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ def _kernels(temp: Path, device: str, *, size: int, rounds: int) -> Section:
     rows, gates = [], []
     weight = heavy_tailed((size, size)).to(torch.bfloat16)
     there = weight.to(device)
-    with Workers(usable_cores()) as workers:
+    with Workers(default_threads()) as workers:
         for i, job in enumerate(KERNELS):
             plan = _plan(temp / str(i), weight, job)
             copied, _ = _work(plan, weight, device)
@@ -94,17 +94,18 @@ def _kernels(temp: Path, device: str, *, size: int, rounds: int) -> Section:
             _tell(rows[-1])
             if job.gate:
                 best, median = (times["cpu"].best / times["copied"].best, times["cpu"].median / times["copied"].median)
-                title = f"{job.title} on {device}, copies included: speed / all cores"
+                title = f"{job.title} on {device}, copies included: speed / the CPU's"
                 gates.append(Gate(title, KERNEL_GATE, "at least", "x", best, median))
     header = (
-        "kernel", f"{usable_cores()} cores", "median", "with copies", "median", "of the cores", "data there", "median",
-        "of the cores",
+        "kernel", f"{default_threads()} threads", "median", "with copies", "median", "of the CPU", "data there", "median",
+        "of the CPU",
     )  # fmt: skip
     return Section(
         f"Kernels on {device}",
         f"""Million elements per second of a {size}x{size} bf16 matrix of heavy-tailed weights, quantized and packed:
-on all cores of the CPU, in chunks of {CHUNK_ELEMENTS} elements as the engine does (searches of GGUF types with numba
-where it is installed), and on {device}, {DEVICE_CHUNKS} times as many elements at a time. "With copies": the matrix
+on {default_threads()} threads of the CPU, as many as a run takes, in chunks of
+{elements_of_tasks(default_threads())} elements as the engine does (searches with numba where it is installed), and on
+{device}, {DEVICE_CHUNKS * CHUNK_ELEMENTS} elements at a time. "With copies": the matrix
 lies in the memory of the host, and so do the packed bytes in the end, as in a run; "data there": both stay on the
 device. Wall time, the device idle before and after; contenders take turns, {rounds} rounds; first the fastest round,
 then the median, which the ratios use.""",
@@ -157,7 +158,8 @@ def _one(plan: Plan, weight: torch.Tensor, rows: range, scratch: Scratch) -> dic
 
 
 def _on_cores(plan: Plan, weight: torch.Tensor, workers: Workers) -> None:
-    workers.map(lambda rows, scratch: bool(_one(plan, weight, rows, scratch)), task_ranges(plan.steps[0]))
+    ranges = task_ranges(plan.steps[0], elements_of_tasks(workers.threads))
+    workers.map(lambda rows, scratch: bool(_one(plan, weight, rows, scratch)), ranges)
 
 
 def _work(plan: Plan, weight: torch.Tensor, device: str) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -207,7 +209,8 @@ def _commands(temp: Path, device: str, *, sizes: Sequence[float], runs: int) -> 
         Section(
             f"The whole command on {device}",
             f"""`monoquant quantize` of synthetic sharded bf16 Llama checkpoints, the check and the SQNR on, with
-`--device cpu` on {usable_cores()} cores and with `--device {device}`, which takes at most {DEVICE_THREADS} threads.
+`--device cpu`, which takes {default_threads()} threads of {usable_cores()} cores, and with `--device {device}`, which takes
+{min(default_threads(), DEVICE_THREADS)}.
 Inputs come from the page cache, outputs are fsynced to {_where(temp)}. CPU is user and system time of the child
 process; wall time has all of it, start-up and the device's included; peak is VmHWM of the child, memory of the host.
 {runs} runs in turn, of 4 GB and more one.""",

@@ -97,8 +97,8 @@ def _kernels(temp: Path, device: str, *, size: int, rounds: int) -> Section:
                 title = f"{job.title} on {device}, copies included: speed / the CPU's"
                 gates.append(Gate(title, KERNEL_GATE, "at least", "x", best, median))
     header = (
-        "kernel", f"{default_threads()} threads", "median", "with copies", "median", "of the CPU", "data there", "median",
-        "of the CPU",
+        "kernel", f"{default_threads()} threads", "median", "with copies", "median", "of the CPU",
+        "data there", "median", "of the CPU",
     )  # fmt: skip
     return Section(
         f"Kernels on {device}",
@@ -209,8 +209,8 @@ def _commands(temp: Path, device: str, *, sizes: Sequence[float], runs: int) -> 
         Section(
             f"The whole command on {device}",
             f"""`monoquant quantize` of synthetic sharded bf16 Llama checkpoints, the check and the SQNR on, with
-`--device cpu`, which takes {default_threads()} threads of {usable_cores()} cores, and with `--device {device}`, which takes
-{min(default_threads(), DEVICE_THREADS)}.
+`--device cpu`, which takes {default_threads()} threads of {usable_cores()} cores, and with `--device {device}`,
+which takes {min(default_threads(), DEVICE_THREADS)}.
 Inputs come from the page cache, outputs are fsynced to {_where(temp)}. CPU is user and system time of the child
 process; wall time has all of it, start-up and the device's included; peak is VmHWM of the child, memory of the host.
 {runs} runs in turn, of 4 GB and more one.""",

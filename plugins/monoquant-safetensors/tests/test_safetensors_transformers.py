@@ -315,6 +315,9 @@ def test_matrices_that_transformers_splits(tmp_path):
     assert any("quantized ones it cannot" in note for note in report.notes)
     with pytest.raises(RuntimeError):
         load(tmp_path / "out")
+    with pytest.raises(SourceError, match="transformers does not load it") as caught:
+        mq.verify(tmp_path / "out", tmp_path / "float")
+    assert "notes of plan" in caught.value.hint
 
 
 def test_layers_that_are_no_linear_get_the_generic_convention(tmp_path):

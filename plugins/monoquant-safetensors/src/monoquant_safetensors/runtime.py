@@ -6,7 +6,7 @@ from pathlib import Path
 
 from monoquant_core.containers.folder import read_config
 from monoquant_core.declarations import NoOptions
-from monoquant_core.errors import MonoquantError
+from monoquant_core.errors import MonoquantError, SourceError
 from monoquant_core.graphs import module_of
 from monoquant_core.model import Source
 from monoquant_core.module_runner import ModuleGraph
@@ -16,6 +16,8 @@ from monoquant_core.verification import reference
 
 EXACT = 1e-4  #: transformers decompresses weights to the values of the IR and multiplies floats, as the reference does
 SIMULATED = 0.2  #: it quantizes the inputs of layers to 8 bits, which the reference does not
+
+HINT = "the notes of plan and of the report say what transformers loads only with dequantize=True, or not at all"
 
 
 class TransformersRuntime:
@@ -40,6 +42,8 @@ class TransformersRuntime:
         source = open_source(path)
         try:
             return ModuleGraph(module_of(source), str(path)).runner(())
+        except SourceError as exc:
+            raise SourceError(str(exc), hint=exc.hint or HINT) from exc
         finally:
             source.close()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import monoquant_core as mq
-from monoquant_core.errors import PlanError, UnsupportedEncodingError
+from monoquant_core.errors import PlanError, SourceError, UnsupportedEncodingError
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")

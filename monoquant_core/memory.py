@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
+from monoquant_core.encoding import FULL
 from monoquant_core.model import DTYPE_BITS
 from monoquant_core.planning import Plan, Step
 from monoquant_core.rows import row_length
@@ -105,15 +106,24 @@ def _output_bytes(step: Step, rows: int) -> int:
     encoding = step.placed.held.encoding
     if step.action == "quantize" and encoding is not None:
         per_element = read + 19  # float32 rows; the scheme's buffers; the check's; codes, packed and unpacked
-        # Codes that are looked up, and searches, take more of the scheme's and the check's.
-        per_element += 20 if encoding.element.table is not None else 14 if encoding.element.bits < 8 else 0
+        # Codes that are looked up, and searches, take more of the scheme's and the check's; and more than that where
+        # the elements of a block do not follow one another, and are copied together.
+        searched = encoding.element.table is not None or encoding.element.bits < 8
+        per_element += 20 if encoding.element.table is not None else 14 if searched else 0
+        per_element += 44 if searched and _scattered(encoding.block) else 0
     elif encoding is not None:
         per_element = 6.0
     else:
-        per_element = read + 2 * stored + 8
+        per_element = read + 2 * stored + 18
     if len(step.specs) > 1 or out.rows is not None or out.transform is not None:
         per_element += 2 * max(read, stored)
     return math.ceil(elements * per_element)
+
+
+def _scattered(block: tuple[int, ...]) -> bool:
+    """Whether the elements of a block are apart in memory: it has an extent, and after it one that is not whole."""
+    first = next((i for i, extent in enumerate(block) if extent != 1), len(block))
+    return any(extent != FULL for extent in block[first + 1 :])
 
 
 def _status(field: str) -> int:

@@ -377,3 +377,18 @@ def test_weights_in_branches_and_weights_that_are_outputs(tmp_path: Path) -> Non
                 assert ours.dtype == np.float32
                 assert cosine(ours, theirs) > 0.999
         assert_reads_back(source, path, scheme, keep=["o"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize("scheme", ["int4 --no-symmetric", "fp8", "int8"])
+def test_memory_of_blocks_along_the_first_axis_is_predicted(scheme: str, tmp_path: Path) -> None:
+    """Their elements do not follow one another, so that searches work on copies."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    save_model(tmp_path / "m.onnx", nodes, {"w": normal(2048, 2048)}, {"x": (TensorProto.FLOAT, ["n", 2048])}, ["y"])
+    words = ["quantize", tmp_path / "m.onnx", "-o", tmp_path / "q.onnx", "--scheme", *scheme.split(), "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "monoquant_core.cli", *map(str, words), "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert 0 < report["peak_bytes"] - report["start_bytes"] <= report["predicted_bytes"]

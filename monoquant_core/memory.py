@@ -33,7 +33,7 @@ def working_bytes(plans: Sequence[Plan], threads: int, chunk_elements: int = 0) 
     threads = threads or default_threads()
     chunk_elements = chunk_elements or elements_of_tasks(threads)
     steps = [step for plan in plans for step in plan.steps]
-    tasks = (_task_bytes(task, steps) for task in largest_tasks(steps, chunk_elements))
+    tasks = (_task_bytes(task, steps) for task in largest_tasks(steps, threads, chunk_elements))
     # Schemes of one plugin share what they load.
     once = max((getattr(step.quantizer, "process_bytes", 0) for step in steps), default=0)
     return _OVERHEAD + once + sum(heapq.nlargest(threads, tasks))

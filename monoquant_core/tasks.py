@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -49,14 +50,14 @@ def schedule(steps: Sequence[Step], chunk_elements: int = CHUNK_ELEMENTS) -> lis
     return early + late
 
 
-def largest_tasks(steps: Sequence[Step], chunk_elements: int = CHUNK_ELEMENTS) -> Iterator[Task]:
-    """For each set of outputs that share tasks, the one that takes the most memory; without making all of them."""
+def largest_tasks(steps: Sequence[Step], count: int, chunk_elements: int = CHUNK_ELEMENTS) -> Iterator[Task]:
+    """For each set of outputs that share tasks, as many of those that take the most memory; without making all."""
     for group in _groups(steps):
         tasks = _group_tasks(steps, group, chunk_elements)
         if _alike(steps, group):
-            yield next(tasks)  # chunks of one tensor: the last one may be smaller, none is larger
+            yield from itertools.islice(tasks, count)  # of one tensor: the last one may be smaller, none is larger
         else:
-            yield max(tasks, key=lambda task: sum(len(rows) for _, rows in task.outputs))
+            yield from heapq.nlargest(count, tasks, key=lambda task: sum(len(rows) for _, rows in task.outputs))
 
 
 def task_rows(step: Step) -> int:

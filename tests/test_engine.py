@@ -899,6 +899,14 @@ print(report.peak_bytes - report.start_bytes, report.predicted_bytes, report.sou
     assert used <= predicted <= model
 
 
+def test_threads_that_share_a_tensor_are_predicted() -> None:
+    """Most of a model may be one tensor, on which all of them work."""
+    plan = make_plan(DictSource({"w": torch.zeros(64, 32), "v": torch.zeros(4, 4)}), RawExporter(), {"w": Tiny(8)})
+    one, two, four, many = (working_bytes([plan], threads, 256) for threads in (1, 2, 4, 100))
+    assert two - one == (four - two) / 2 > 0
+    assert many - two >= 6 * (two - one)  # there are 8 such tasks
+
+
 def test_freed_memory_goes_back_to_the_system() -> None:
     """What large objects leave between small ones that live on, which C libraries keep."""
     script = """

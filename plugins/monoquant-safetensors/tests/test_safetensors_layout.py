@@ -552,9 +552,13 @@ def test_experts_of_several_kinds_are_said(other):
     assert "experts of several kinds" not in notes("experts|q_proj")
 
 
-def test_kept_layers_of_models_that_transformers_renames_are_said():
+def test_layers_of_models_that_transformers_renames():
     specs = [dataclasses.replace(s, name=s.name.replace("model.layers", "vit.encoder.layer")) for s in layer(0)]
     config = {**CONFIG, "model_type": "vit"}
+    with pytest.raises(
+        UnsupportedEncodingError, match="several schemes in a vit model, which transformers loads in no"
+    ):
+        plan([dataclasses.replace(specs[0], encoding=dataclasses.replace(GROUP, scale="float32")), *specs[1:]], config)
     kept = [dataclasses.replace(specs[0], encoding=None), *specs[1:]]
     assert any("renames its layers" in note for note in plan(kept, config).notes)
     assert not any(

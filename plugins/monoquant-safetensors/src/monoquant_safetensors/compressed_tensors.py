@@ -47,7 +47,7 @@ from monoquant_core.reencode import can_reencode
 from monoquant_core.schemes import Proposal
 from monoquant_safetensors import arguments as ct
 from monoquant_safetensors.config import Scheme, model_config, must_tie
-from monoquant_safetensors.consumers import layout_notes
+from monoquant_safetensors.consumers import layout_notes, refuse_unloadable
 from monoquant_safetensors.files import CONFIG, HELD_DTYPES, json_file, side_files, tensor_files, unsupported_dtype
 from monoquant_safetensors.recipe import LINEAR_KINDS
 
@@ -161,14 +161,16 @@ class CompressedTensorsExporter:
     def files(self, layout: FileLayout) -> Iterable[FilePlan]:
         """Tensors in shards, config.json with the quantization, and the source's side files.
 
-        :raises PlanError: for what no consumer could load together.
+        :raises MonoquantError: for what no consumer could load together.
         """
         if layout.destination.endswith(".safetensors"):
             raise PlanError(
                 f"{layout.destination}: compressed-tensors is a folder with config.json and tokenizer",
                 hint="name a folder, or write a single file with --convention generic",
             )
-        config = model_config(_schemes(layout), self._float_modules(layout), layout)
+        schemes = _schemes(layout)
+        refuse_unloadable(schemes, layout.info)
+        config = model_config(schemes, self._float_modules(layout), layout)
         files = tensor_files(layout.outputs, "model", self._max_shard, lambda _: {"format": "pt"})
         return [*files, json_file(CONFIG, config), *side_files(layout.info)]
 

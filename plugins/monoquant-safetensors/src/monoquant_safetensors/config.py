@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from monoquant_core.encoding import ActivationQuant
-from monoquant_core.errors import UnsupportedEncodingError
 from monoquant_core.exporters import FileLayout
-from monoquant_core.planning import listing
 from monoquant_safetensors import arguments as ct
 
 VERSION = "0.20.0"  #: of compressed-tensors, whose layout this is
@@ -72,7 +70,6 @@ def model_config(schemes: Mapping[str, Scheme], floats: Sequence[str], layout: F
 
     :param schemes: every quantized module.
     :param floats: modules that are Linear, as far as can be told, and stay floats.
-    :raises UnsupportedEncodingError: for schemes that no consumer loads together.
     """
     config = dict(layout.info.config or {})
     config.pop("compression_config", None)  # the name of long ago
@@ -103,8 +100,6 @@ def _quantization(
     for module, scheme in schemes.items():
         groups.setdefault(scheme.key, []).append(module)
     first = {key: schemes[modules[0]] for key, modules in groups.items()}
-    if len(groups) > 1:
-        _refuse_asymmetric(schemes, layout)
     heads = _unlisted_heads(layout, schemes)
     known = [*schemes, *floats, *heads]
     ignore = list(dict.fromkeys([*_patterns(floats, known), *heads]))
@@ -123,20 +118,6 @@ def _quantization(
         "ignore": ignore,
         "config_groups": {f"group_{i}": first[key].to_dict(targets[key]) for i, key in enumerate(groups)},
     }
-
-
-def _refuse_asymmetric(schemes: Mapping[str, Scheme], layout: FileLayout) -> None:
-    """Packed zero points need dequantize=True in transformers, which takes one config group only."""
-    packed = [m for m, s in schemes.items() if s.weights.format == ct.PACKED and not s.weights.symmetric]
-    if packed:
-        raise UnsupportedEncodingError(
-            listing(
-                f"{layout.info.name}: {{count}} modules with packed zero points beside others quantized differently, "
-                "which transformers loads in no mode",
-                packed,
-            ),
-            hint="make them symmetric, or give all modules one scheme",
-        )
 
 
 def _patterns(modules: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -6,6 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from monoquant_core.errors import UnsupportedEncodingError
+from monoquant_core.model import ModelInfo
+from monoquant_core.planning import listing
 from monoquant_safetensors import arguments as ct
 from monoquant_safetensors.config import Scheme
 
@@ -30,6 +33,31 @@ _SPLIT = (
 
 #: model types whose layers transformers 5.23 loads under other names than the checkpoint's
 _RENAMED = "audio-spectrogram-transformer beit deit ijepa vit vit_mae vit_msn vivit"
+
+
+def refuse_unloadable(schemes: Mapping[str, Scheme], info: ModelInfo) -> None:
+    """Refuse what transformers loads in no mode: dequantize=True takes one config group only, and some need it.
+
+    :raises UnsupportedEncodingError: naming the model, and the modules concerned.
+    """
+    if len({scheme.key for scheme in schemes.values()}) < 2:
+        return
+    packed = [m for m, s in schemes.items() if s.weights.format == ct.PACKED and not s.weights.symmetric]
+    if packed:
+        raise UnsupportedEncodingError(
+            listing(
+                f"{info.name}: {{count}} modules with packed zero points beside others quantized differently, "
+                "which transformers loads in no mode",
+                packed,
+            ),
+            hint="make them symmetric, or give all modules one scheme",
+        )
+    if info.model_type in _RENAMED.split():
+        raise UnsupportedEncodingError(
+            f"{info.name}: several schemes in a {info.model_type} model, which transformers loads in no mode: it "
+            "renames the layers and does not find which has which",
+            hint="give all modules one scheme, or write it with --convention generic",
+        )
 
 
 def layout_notes(
@@ -68,10 +96,10 @@ def layout_notes(
             f"{model_type}: transformers 5.23 loads packed weights of some of its layers only with "
             "CompressedTensorsConfig(dequantize=True); those of w8a8 and fp8 are not packed"
         )
-    if model_type in _RENAMED.split() and (len(groups) > 1 or any(re.search(r"\.\d+\.", module) for module in floats)):
+    if model_type in _RENAMED.split() and schemes and any(re.search(r"\.\d+\.", module) for module in floats):
         notes.append(
-            f"{model_type}: transformers 5.23 renames its layers and does not find those that are kept or have a "
-            "scheme of their own: it goes on with random weights; give all layers one scheme"
+            f"{model_type}: transformers 5.23 renames its layers and does not find those that are kept: it loads them "
+            "only with CompressedTensorsConfig(dequantize=True), and else fails or goes on with random weights"
         )
     experts = {key for module, key in _keys(schemes, floats) if re.search(r"\.experts\.\d+\.", module)}
     if len(experts) > 1:

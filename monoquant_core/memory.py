@@ -110,7 +110,7 @@ def _output_bytes(step: Step, rows: int) -> int:
         # the elements of a block do not follow one another, and are copied together.
         searched = encoding.element.table is not None or encoding.element.bits < 8
         per_element += 20 if encoding.element.table is not None else 14 if searched else 0
-        per_element += 44 if searched and _scattered(encoding.block) else 0
+        per_element += 48 if searched and _scattered(encoding.block) else 0
     elif encoding is not None:
         per_element = 6.0
     else:

@@ -566,6 +566,11 @@ def test_layers_of_models_that_transformers_renames():
     )
 
 
+def test_stacked_experts_of_llama4_are_said():
+    said = [plan(config={**CONFIG, "model_type": name}).notes for name in ("llama4_text", "llama")]
+    assert ["goes on with random ones" in " ".join(notes) for notes in said] == [True, False]
+
+
 def test_code_that_is_not_copied_is_said():
     config = {**CONFIG, "auto_map": {"AutoModel": "modeling_own.OwnModel"}}
     assert any("put the .py files beside it" in note for note in plan(config=config).notes)

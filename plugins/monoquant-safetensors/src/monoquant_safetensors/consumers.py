@@ -101,6 +101,11 @@ def layout_notes(
             f"{model_type}: transformers 5.23 renames its layers and does not find those that are kept: it loads them "
             "only with CompressedTensorsConfig(dequantize=True), and else fails or goes on with random weights"
         )
+    if model_type in ("llama4", "llama4_text") and schemes:
+        notes.append(
+            f"{model_type}: in quantized models transformers 5.23 has experts one by one, and the checkpoint stacks "
+            "them: it goes on with random ones"
+        )
     experts = {key for module, key in _keys(schemes, floats) if re.search(r"\.experts\.\d+\.", module)}
     if len(experts) > 1:
         notes.append(

@@ -20,7 +20,11 @@ class SafetensorsOptions:
         "monoquant only; auto takes the first for a transformers model folder.",
         choices=("auto", "compressed-tensors", "generic"),
     )
-    max_shard_size: str = option("5GB", "Largest file of tensors before the next one begins: 5GB, 900MB, 2GiB.")
+    max_shard_size: str = option(
+        "5GB",
+        "Largest file of tensors before the next one begins: 5GB, 900MB, 2GiB. OUT with the suffix .safetensors is one "
+        "file.",
+    )
 
 
 @hookimpl

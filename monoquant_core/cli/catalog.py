@@ -97,11 +97,11 @@ def _show(entry: Mapping[str, Any]) -> None:
     if not entry["options"]:
         out("It takes no options.")
         return
-    columns = [Column("option"), Column("type"), Column("default"), Column("meaning", fold=True)]
+    columns = [Column("option"), Column("flag"), Column("type"), Column("default"), Column("meaning", fold=True)]
     rows = []
     for o in entry["options"]:
         limits = f" (one of {', '.join(map(str, o['choices']))})" if o["choices"] else ""
         limits += f" (at least {o['minimum']})" if o["minimum"] is not None else ""
         shown = ("yes" if o["default"] else "no") if o["type"] == "bool" else str(o["default"])
-        rows.append([o["flag"], o["type"], shown, o["help"] + limits])
+        rows.append([o["name"], o["flag"], o["type"], shown, o["help"] + limits])
     table(columns, rows)

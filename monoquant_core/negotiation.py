@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from monoquant_core.encoding import Encoding
 from monoquant_core.errors import PlanError, UnsupportedEncodingError
@@ -13,6 +14,15 @@ from monoquant_core.planning import Action, Decision, OnUnsupported, Step, alike
 from monoquant_core.recipe import KEEP
 from monoquant_core.schemes import Proposal, Quantizer, Refusal
 from monoquant_core.selection import Chooser
+
+
+class _Refused(NamedTuple):
+    """An output that the format does not hold."""
+
+    output: str
+    reason: str
+    hint: str
+    chosen: str  #: the source tensor that a scheme was chosen for, and that could be kept instead; "" without one
 
 
 class Placer:
@@ -28,7 +38,7 @@ class Placer:
     ) -> None:
         self.decisions = {d.spec.name: d for d in decisions}
         self.info, self.exporter, self.on_unsupported, self.chooser = info, exporter, on_unsupported, chooser
-        self.refused: list[tuple[str, str, str]] = []
+        self.refused: list[_Refused] = []
         self.from_finished_file = False
         self.notes: list[str] = []
 
@@ -44,15 +54,17 @@ class Placer:
             steps = self._settled(steps, settle([step.placed for step in steps]))
         if self.refused:
             name = self.format_name
-            hints = list(dict.fromkeys(h for _, _, h in self.refused if h))
+            hints = list(dict.fromkeys(refused.hint for refused in self.refused if refused.hint))
+            chosen = list(dict.fromkeys(refused.chosen for refused in self.refused if refused.chosen))
             if self.from_finished_file and self.on_unsupported == "error":
                 hints.append("--on-unsupported dequantize stores them as floats, requantize with --scheme anew")
-            elif not self.from_finished_file:
-                hints.append(f"leave them as they are: --keep '{self.refused[0][0]}'")
+            elif chosen and not self.from_finished_file:
+                names = " ".join(f"--keep '{name}'" for name in chosen[:3])
+                hints.append(f"leave them as they are: {names}{' ...' if len(chosen) > 3 else ''}")
             raise UnsupportedEncodingError(
                 listing(
                     f"{self.info.name}: {name} cannot hold {len(self.refused)} of {len(self.decisions)} tensors",
-                    alike([(n, f": {reason}") for n, reason, _ in self.refused]),
+                    alike([(refused.output, f": {refused.reason}") for refused in self.refused]),
                 ),
                 hint="; ".join(hints),
             )
@@ -129,7 +141,7 @@ class Placer:
             again = self.chooser.propose(quantizer, spec, decision.spec.name)
             if isinstance(again, Refusal):
                 if again.instead is None:
-                    self.refused.append((out.name, again.reason, again.hint))
+                    self._refuse(out, again, specs)
                     return None
                 if not any(refused.name == decision.spec.name for refused, _, _ in self.chooser.refused):
                     self.chooser.refused.append((spec, decision.scheme, again))
@@ -189,7 +201,7 @@ class Placer:
         spec = dataclasses.replace(first.spec, encoding=None, activation=None)
         proposal = chooser.propose(quantizer, spec, spec.name)
         if isinstance(proposal, Refusal):
-            self.refused.append((out.name, f"{label}: {proposal.reason}", proposal.hint))
+            self._refuse(out, dataclasses.replace(proposal, reason=f"{label}: {proposal.reason}"), ())
             return None
         reason = f"{refusal.reason}; requantized as asked"
         decision = Decision(first.spec, "quantize", reason, proposal, label, quantizer)
@@ -208,11 +220,15 @@ class Placer:
         quantizer: Quantizer | None = None,
     ) -> Step | None:
         if isinstance(verdict, Refuses):
-            self.refused.append((out.name, verdict.reason, verdict.hint))
+            self._refuse(out, verdict, specs)
             return None
         self.notes.extend(verdict.notes)
         parts = tuple(self.exporter.parts(out, verdict)) if self.exporter is not None else ()
         return Step(Placed(out, proposal, verdict, parts), specs, action, reason, scheme, quantizer)
+
+    def _refuse(self, out: Output, refusal: Refuses | Refusal, specs: tuple[TensorSpec, ...]) -> None:
+        chosen = next((s.name for s in specs if self.decisions[s.name].proposal is not None), "")
+        self.refused.append(_Refused(out.name, refusal.reason, refusal.hint, chosen))
 
     def _verdict(self, out: Output, proposal: Proposal | None) -> Verdict:
         if self.exporter is not None:

@@ -311,8 +311,9 @@ def test_files_are_exact_and_drops_have_reasons(registry):
 
 def test_what_the_format_cannot_hold_is_one_error(registry):
     specs = [*MODEL, weight("model.table", 4, dtype="int32")]
-    with pytest.raises(UnsupportedEncodingError, match="cannot hold 1 of 10 tensors: model.table: dtype int32"):
+    with pytest.raises(UnsupportedEncodingError, match="cannot hold 1 of 10 tensors: model.table: dtype int32") as e:
         decide(registry, specs, format="raw")
+    assert "--keep" not in e.value.hint  # it is kept
 
 
 FLOATS = [s for s in MODEL if s.dtype == "float32"]

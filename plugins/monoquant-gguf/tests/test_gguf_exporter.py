@@ -404,6 +404,13 @@ def test_what_cannot_be_repacked_is_named_and_dequantized_only_when_asked(small_
     assert {s.dtype for s in load(tmp_path / "m.gguf").specs() if len(s.shape) == 2} == {"float16"}
 
 
+def test_the_hint_has_names_that_rules_match(small_llama: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    with pytest.raises(UnsupportedEncodingError, match=r"gguf cannot hold 1 of .*: blk\.1\.ffn_down\.weight") as caught:
+        mq.quantize(small_llama, scheme="Q8_0", set=f"{name}=fp8").save(tmp_path / "m.gguf")
+    assert caught.value.hint.endswith(f"leave them as they are: --keep '{name}'")
+
+
 def test_a_gguf_file_is_a_source_for_another(small_llama: Path, tmp_path: Path, llamacpp: ModuleType) -> None:
     mq.export(small_llama, tmp_path / "a.gguf", "gguf", format_options={"outtype": "f32"})
     mq.quantize(tmp_path / "a.gguf", scheme="int8").save(tmp_path / "b.gguf", format="gguf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import dataclasses
 import functools
 import math
@@ -245,10 +246,10 @@ class RowMaker:
     def _refusal(
         self, value: torch.Tensor, index: int, work: Work, rows: range, reason: str = "", hint: str = ""
     ) -> QuantizationError:
-        where = _element(work.step.placed.output.shape, rows, index)
+        where, found = _element(work.step.placed.output.shape, rows, index), value.reshape(-1)[index].item()
+        allow = "" if cmath.isfinite(found) else " --nonfinite allow"
         return QuantizationError(
-            f"{self.source.info.name}: {work.name}{where} is {value.reshape(-1)[index].item()}{reason}",
-            hint=hint or f"{keep_hint(work)} (with --nonfinite allow for NaN and infinity)",
+            f"{self.source.info.name}: {work.name}{where} is {found}{reason}", hint=hint or keep_hint(work) + allow
         )
 
 

@@ -171,7 +171,7 @@ class CompressedTensorsExporter:
         schemes = _schemes(layout)
         refuse_unloadable(schemes, layout.info)
         config = model_config(schemes, self._float_modules(layout), layout)
-        files = tensor_files(layout.outputs, "model", self._max_shard, lambda _: {"format": "pt"})
+        files = tensor_files(layout, "model", self._max_shard, lambda _: {"format": "pt"})
         return [*files, json_file(CONFIG, config), *side_files(layout.info)]
 
     def notes(self, layout: FileLayout) -> Sequence[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from monoquant_core.containers.safetensors import DTYPES, data_offsets, header_bytes
 from monoquant_core.errors import UnsupportedEncodingError
-from monoquant_core.exporters import FilePlan, PartAt, Placed, Refuses
+from monoquant_core.exporters import FileLayout, FilePlan, PartAt, Placed, Refuses
 from monoquant_core.model import ModelInfo
 
 CONFIG = "config.json"
@@ -25,7 +25,7 @@ def unsupported_dtype(dtype: str) -> Refuses:
     return Refuses(f"safetensors has no dtype {dtype}", hint="convert the tensor in the source, or drop it there")
 
 
-def tensor_files(outputs: Sequence[Placed], stem: str, max_shard: int, metadata: Metadata) -> list[FilePlan]:
+def tensor_files(layout: FileLayout, stem: str, max_shard: int, metadata: Metadata) -> list[FilePlan]:
     """``stem.safetensors``, or shards and their index where one file would hold more than ``max_shard`` bytes.
 
     The parts of one output stay together. Shards are filled in the order of names, numbers as numbers: which file a
@@ -33,7 +33,8 @@ def tensor_files(outputs: Sequence[Placed], stem: str, max_shard: int, metadata:
 
     :raises UnsupportedEncodingError: when two tensors would get one name.
     """
-    _check_names(outputs)
+    _check_names(layout)
+    outputs = layout.outputs
     shards = _shards(sorted(outputs, key=lambda placed: _natural(placed.output.name)), max_shard)
     if len(shards) == 1:
         return [tensor_file(f"{stem}.safetensors", shards[0], metadata(shards[0]))]
@@ -73,17 +74,18 @@ def side_files(info: ModelInfo) -> list[FilePlan]:
     ]
 
 
-def _check_names(outputs: Sequence[Placed]) -> None:
-    owners: dict[str, str] = {}
-    for placed in outputs:
-        name = placed.output.name
+def _check_names(layout: FileLayout) -> None:
+    owners: dict[str, Placed] = {}
+    for placed in layout.outputs:
         for part in placed.parts:
-            if part.name in owners:
+            other = owners.setdefault(part.name, placed)
+            if other is not placed:
+                first, second = other.output.name, placed.output.name
+                encoded = first if other.held.encoding is not None else second
                 raise UnsupportedEncodingError(
-                    f"{name}: would be stored as {part.name!r}, and so would {owners[part.name]}",
-                    hint=f"leave one of them as it is: --keep '{name}'",
+                    f"{layout.info.name}: {second}: would be stored as {part.name!r}, and so would a part of {first}",
+                    hint=f"rename one of them, or leave the other as it is: --keep '{encoded}'",
                 )
-            owners[part.name] = name
 
 
 def _shards(outputs: Sequence[Placed], max_shard: int) -> list[list[Placed]]:

@@ -121,11 +121,11 @@ class GenericExporter:
             return _metadata(outputs, layout)
 
         if layout.destination.endswith(".safetensors"):
-            (file,) = tensor_files(layout.outputs, "", sys.maxsize, metadata)
+            (file,) = tensor_files(layout, "", sys.maxsize, metadata)
             return [FilePlan("", file.prefix, file.parts)]
         quantized = any(placed.held.encoding is not None for placed in layout.outputs)
         # Under the usual name transformers would take the file, find none of its weights and go on with random ones.
-        files = tensor_files(layout.outputs, KEY if quantized else "model", self._max_shard, metadata)
+        files = tensor_files(layout, KEY if quantized else "model", self._max_shard, metadata)
         if layout.info.config is not None:
             config = {
                 k: v

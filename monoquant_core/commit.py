@@ -2,8 +2,9 @@
 
 The output's name holds nothing, what it held before, or the complete new output, whenever the process dies. A dead run
 leaves ``.NAME.partial``, or ``.NAME.old`` where a folder cannot be exchanged in one step; the next run with the same
-output removes the one and puts back the other. A file may have companions, whose names it contains: they get their
-names first, and those of the file that it replaces go last. Imports no torch.
+output removes the one, unless there is a ``.NAME.journal`` and it goes on with it, and puts back the other. A file may
+have companions, whose names it contains: they get their names first, and those of the file that it replaces go last.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -48,16 +49,24 @@ class Destination:
     """One output being written: a file, with companions beside it if the format has any, or a folder.
 
     A context manager. Entering takes the lock, repairs what a dead run left, refuses what must not be replaced, checks
-    the free space and creates the files at their full size; leaving without :meth:`commit` removes them again.
+    the free space and creates the files at their full size; leaving without :meth:`commit` removes them again, unless
+    an interruption ends a run that has a journal.
 
     :param path: the output. It is a file when one of the plans has the path "".
     :param force: replace what is there, if it is a regular file or looks like the folder of a model.
     :param sources: files and folders that are being read, which must not be replaced.
+    :param journaled: entering leaves the files, and those of a dead run that has a journal, to :meth:`begin`.
     :raises OutputError: naming the path and the reason.
     """
 
     def __init__(
-        self, path: Path, plans: Sequence[FilePlan], *, force: bool = False, sources: Sequence[Path] = ()
+        self,
+        path: Path,
+        plans: Sequence[FilePlan],
+        *,
+        force: bool = False,
+        sources: Sequence[Path] = (),
+        journaled: bool = False,
     ) -> None:
         self.path = path
         # The parent is resolved, the name is not: a symbolic link of this name is refused, never followed.
@@ -65,9 +74,11 @@ class Destination:
         self._plans, self._force, self._sources = tuple(plans), force, tuple(sources)
         self._is_file = any(plan.path == "" for plan in plans)
         self._partial, self._old = _hidden(self._target, "partial"), _hidden(self._target, "old")
+        self.journal = _hidden(self._target, "journal")  #: of this run, or of a dead one until :meth:`begin`
+        self._journaled = journaled
         self._files: list[_File] = []
         self._lock = contextlib.ExitStack()
-        self._locked = False
+        self._begun = False
 
     def __enter__(self) -> Destination:
         _check_paths(self._plans, self._is_file, self.path)
@@ -80,19 +91,60 @@ class Destination:
             raise OutputError(f"{self.path}: there is no folder {folder}", hint=f"make it: mkdir -p '{folder}'")
         try:
             self._lock.enter_context(_locked(self._target, self.path))
-            self._locked = True
             with _os_errors(self.path):
                 self._repair()
                 self._check_replaceable()
-                self._check_space()
-                self._create()
+            if not self._journaled:
+                self.begin()
         except BaseException:
             self._close()
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What interrupts a run says nothing against what it has written, and a journal tells the next one what that is.
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        self._close(keep=interrupted and os.path.lexists(self.journal))
+
+    def begin(self, *, adopt: bool = False) -> None:
+        """Create the files, in the place of what a dead run left.
+
+        :param adopt: go on with its files, which are :meth:`as_planned`, and its journal.
+        :raises OutputError: naming the path and the reason.
+        """
+        self._begun = True
+        with _os_errors(self.path):
+            if not adopt:
+                if os.path.lexists(self.journal):
+                    self._remove_dead()
+                self._check_space()
+            self._create(adopt=adopt)
+
+    def as_planned(self) -> bool:
+        """Whether a dead run left every file, each of the size that it is to have, and nothing else."""
+        with _os_errors(self.path):
+            return self._left() == {self._working(plan): plan.nbytes for plan in self._plans}
+
+    def _left(self) -> dict[Path, int]:
+        """Sizes of what a dead run left; -1 for what is no regular file."""
+        wanted = [self._working(plan) for plan in self._plans]
+        if self._is_file:
+            paths = wanted
+        else:
+            folders = {self._partial, *(p for path in wanted for p in path.parents if self._partial in p.parents)}
+            if not all(stat.S_ISDIR(_mode(folder) or 0) for folder in sorted(folders)):
+                return {}
+            paths = [folder / name for folder in folders for name in os.listdir(folder)]
+            paths = [path for path in paths if path not in folders]
+        found = {path: status for path in paths if (status := _status(path)) is not None}
+        return {path: status.st_size if stat.S_ISREG(status.st_mode) else -1 for path, status in found.items()}
+
+    def drop_journal(self) -> None:
+        """Remove the journal, for good, before anything happens that it does not tell."""
+        with _os_errors(self.path):
+            if os.path.lexists(self.journal):
+                _remove(self.journal)
+                _sync_folder(self._target.parent)
 
     def write_at(self, file: int, offset: int, data: memoryview) -> None:
         """Write bytes into the file of the plan of this index. Safe to call from several threads."""
@@ -100,6 +152,29 @@ class Destination:
             self._files[file].write_at(offset, data)
         except OSError as exc:
             raise _output_error(self.path, exc) from exc
+
+    def read_at(self, file: int, offset: int, nbytes: int) -> bytearray:
+        """Bytes that the file of the plan of this index holds by now."""
+        with _os_errors(self.path):
+            return self._files[file].read_at(offset, nbytes)
+
+    def flush(self, files: Collection[int] | None = None) -> None:
+        """Wait until what was written into the files of the plans of these indices is on the disk.
+
+        :param files: None is all of them, and their names, too.
+        """
+        with _os_errors(self.path):
+            for index in range(len(self._files)) if files is None else sorted(files):
+                self._files[index].flush()
+        if files is None:
+            self.flush_names()
+
+    def flush_names(self) -> None:
+        """Wait until the names of the files, and of the journal, are on the disk."""
+        with _os_errors(self.path):
+            if not self._is_file:
+                self._sync_folders()
+            _sync_folder(self._target.parent)
 
     def commit(self) -> list[str]:
         """Make everything durable and give it its name.
@@ -113,7 +188,7 @@ class Destination:
     def names(self) -> set[Path]:
         """Every name that this output takes, hidden ones included."""
         companions = {self._target.with_name(plan.path) for plan in self._plans if self._is_file and plan.path}
-        return {self._target, self._old, *companions, *self._hidden_paths()}
+        return {self._target, self._old, self.journal, *companions, *self._hidden_paths()}
 
     def takes(self, names: Collection[Path]) -> bool:
         """Whether one of these names may be taken for a companion that an earlier output left."""
@@ -154,12 +229,18 @@ class Destination:
             return {file.plan.path: file.final.stat().st_size for file in self._files}
 
     def _repair(self) -> None:
-        """Put back a folder that a dead run had moved aside, and remove dead partial outputs."""
+        """Put back a folder that a dead run had moved aside, and remove partial outputs that no run goes on with."""
         if os.path.lexists(self._old):
             if os.path.lexists(self._target):
                 _remove(self._old)
             else:
                 os.rename(self._old, self._target)
+        if not (self._journaled and os.path.lexists(self.journal)):
+            self._remove_dead()
+
+    def _remove_dead(self) -> None:
+        """Remove everything that a dead run left. The journal goes first: without it nothing else counts."""
+        self.drop_journal()
         for dead in self._hidden_paths() | self._dead_companions():
             _remove(dead)
 
@@ -196,9 +277,7 @@ class Destination:
 
     def _hidden_paths(self) -> set[Path]:
         """Everything this output may have under hidden names; nothing else is ever removed."""
-        companions = [
-            _hidden(self._target.with_name(p.path), "partial") for p in self._plans if self._is_file and p.path
-        ]
+        companions = [self._working(plan) for plan in self._plans if self._is_file and plan.path]
         return {self._partial, *companions}
 
     def _check_replaceable(self) -> None:
@@ -251,20 +330,27 @@ class Destination:
                 hint="free some space, or write to another disk",
             )
 
-    def _create(self) -> None:
+    def _create(self, *, adopt: bool) -> None:
         """Create every file at its full size: what is not permitted, or does not fit, fails here."""
-        if not self._is_file:
+        if not self._is_file and not adopt:
             os.mkdir(self._partial)
         for plan in self._plans:
-            inside = PurePosixPath(plan.path).parts
-            if self._is_file:
-                final = self._target.with_name(plan.path) if plan.path else self._target
-                working = _hidden(final, "partial")
-            else:
-                final, working = self._target.joinpath(*inside), self._partial.joinpath(*inside)
+            working = self._working(plan)
+            if not self._is_file:
                 working.parent.mkdir(parents=True, exist_ok=True)
-            self._files.append(_File(plan, working, final))
-            self._files[-1].begin()
+            self._files.append(_File(plan, working, self._final(plan)))
+            self._files[-1].begin(adopt=adopt)
+
+    def _final(self, plan: FilePlan) -> Path:
+        if self._is_file:
+            return self._target.with_name(plan.path) if plan.path else self._target
+        return self._target.joinpath(*PurePosixPath(plan.path).parts)
+
+    def _working(self, plan: FilePlan) -> Path:
+        """Where a file is until the commit."""
+        if self._is_file:
+            return _hidden(self._final(plan), "partial")
+        return self._partial.joinpath(*PurePosixPath(plan.path).parts)
 
     def _sync_folders(self) -> None:
         folders = {self._partial}
@@ -285,16 +371,19 @@ class Destination:
                 os.rename(self._old, self._target)
                 raise
 
-    def _close(self) -> None:
+    def _close(self, *, keep: bool = False) -> None:
         """Close files, remove what did not get its name, release the lock."""
         try:
             for file in self._files:
                 file.close()
-            for path in self._hidden_paths() if self._locked else ():
-                with contextlib.suppress(OSError):
-                    _remove(path)
+            if self._begun and not keep:
+                with contextlib.suppress(OutputError):
+                    self.drop_journal()
+                for path in self._hidden_paths():
+                    with contextlib.suppress(OSError):
+                        _remove(path)
         finally:
-            self._locked = False
+            self._begun = False
             self._lock.close()
 
 
@@ -334,6 +423,9 @@ def commit_all(outputs: Sequence[Destination]) -> list[list[str]]:
         output._sync()
     for output in outputs:
         output._check()
+    # A folder that is exchanged leaves the old one under the name of the partial: no journal must call it this run's.
+    for output in outputs:
+        output.drop_journal()
     return [output._rename() for output in outputs]
 
 
@@ -345,10 +437,12 @@ class _File:
         self._fd = -1
         self._seek = threading.Lock()
 
-    def begin(self) -> None:
-        """Create it, all zeros, and write what is known beforehand."""
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o666)
-        _allocate(self._fd, self.plan.nbytes)
+    def begin(self, *, adopt: bool) -> None:
+        """Create it, all zeros, or take what a dead run left; and write what is known beforehand."""
+        new = 0 if adopt else os.O_CREAT | os.O_EXCL
+        self._fd = os.open(self.path, os.O_RDWR | new | _OPEN_FLAGS, 0o666)
+        if not adopt:
+            _allocate(self._fd, self.plan.nbytes)
         if self.plan.copy_of is not None:
             self._copy(self.plan.copy_of)
             return
@@ -369,6 +463,22 @@ class _File:
             if written <= 0:
                 raise OSError(errno.EIO, "nothing was written")
             offset, data = offset + written, data[written:]
+
+    def read_at(self, offset: int, nbytes: int) -> bytearray:
+        """Bytes that it holds by now."""
+        with self._seek:
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            found = bytearray()
+            while len(found) < nbytes:
+                data = os.read(self._fd, nbytes - len(found))
+                if not data:
+                    raise OSError(errno.EIO, "it is shorter than it was")
+                found += data
+        return found
+
+    def flush(self) -> None:
+        """Wait until what was written is on the disk."""
+        _datasync(self._fd)
 
     def finish(self) -> None:
         """Wait until it is on the disk, and close it."""
@@ -486,9 +596,14 @@ def _check_paths(plans: Sequence[FilePlan], is_file: bool, shown: Path) -> None:
 
 
 def _mode(path: Path) -> int | None:
+    status = _status(path)
+    return None if status is None else status.st_mode
+
+
+def _status(path: Path) -> os.stat_result | None:
     try:
-        return os.lstat(path).st_mode
-    except FileNotFoundError:
+        return os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -571,6 +686,10 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         os.unlink(path)
+
+
+def _datasync(fd: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(fd)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,39 +1,39 @@
 """Carries out plans: reads rows, quantizes, packs, checks and writes them at offsets that are known beforehand.
 
 A task is a range of rows of one output, or of several that are made of the same rows of the source. Tasks run on
-threads, each with buffers of its own; neither the number of threads nor the size of the chunks changes a byte. A
-journal of finished tasks would be written where their results arrive, in :meth:`Workers.map`, and read where the tasks
-of a run are listed.
+threads, each with buffers of its own; neither the number of threads nor the size of the chunks changes a byte. Those
+that are done are noted now and then, and a run goes on where one that was interrupted had come to: see
+:mod:`monoquant_core.checkpoints`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from monoquant_core.checkpoints import SECONDS, Checkpoints, noted_chunk
 from monoquant_core.commit import Destination, check_apart, commit_all
 from monoquant_core.errors import CheckError, DeviceError, EncodingError, PlanError
 from monoquant_core.exporters import Exporter
-from monoquant_core.gather import Reading, ReadOnce, Rows, join
+from monoquant_core.gather import Rows, join
+from monoquant_core.identity import run_key
 from monoquant_core.memory import FreedMemory, default_threads, peak_bytes, resident_bytes, working_bytes
-from monoquant_core.metrics import Energies
-from monoquant_core.model import Source, TensorSpec
-from monoquant_core.planning import Decision, Plan, Step
-from monoquant_core.report import Progress, ProgressCallback, Report, TensorReport
-from monoquant_core.rows import chunks, quantum
+from monoquant_core.model import Source
+from monoquant_core.passes import Meter, compare_ties, limits_of, scan, scans_of, tensor_reports, write_rows
+from monoquant_core.planning import Plan, Step
+from monoquant_core.report import Progress, ProgressCallback, Report
 from monoquant_core.scratch import Scratch
 from monoquant_core.stats import TensorStats
-from monoquant_core.store import Store, places_of, same_rows
-from monoquant_core.tasks import CHUNK_ELEMENTS, Task, check_steps, elements_of_tasks, schedule, waits_for
+from monoquant_core.store import Store, places_of
+from monoquant_core.tasks import FEW_THREADS, Task, check_steps, elements_of_tasks, schedule, waits_for
 from monoquant_core.tensor import QuantizedTensor
 from monoquant_core.work import RowMaker, Work, keep_hint
 from monoquant_core.workers import Workers
@@ -51,6 +51,8 @@ class RunOptions:
     device: str = "cpu"
     force: bool = False  #: replace what is there
     nonfinite: Literal["refuse", "allow"] = "refuse"  #: NaN and infinity in tensors that are not quantized
+    fresh: bool = False  #: begin anew, whatever an interrupted run had done
+    checkpoint_seconds: float = SECONDS  #: until the first checkpoint, and between them
 
 
 def write(
@@ -94,58 +96,59 @@ def write_all(
     began, start_bytes, earlier_bytes = time.perf_counter(), resident_bytes(), peak_bytes()
     device = find_device(options.device)
     threads = _threads(options, device)
-    predicted = working_bytes(plans, threads, _chunk_elements(options, threads, device))
-    steps = [step for plan in plans for step in plan.steps]
+    protect = [path for plan in plans for path in (*plan.info.paths, *plan.info.side_files.values())]
+    destinations = [
+        Destination(path, plan.files, force=options.force, sources=protect, journaled=True) for plan, path in outputs
+    ]
+    chunk = _chunk_elements(options, threads, device)
+    if not options.fresh:
+        usual = {_chunk_elements(options, count, device) for count in (1, FEW_THREADS + 1)}
+        chunk = noted_chunk(destinations[0], usual, chunk)
+    predicted = working_bytes(plans, threads, chunk)
     for plan in plans:
         check_steps(plan.steps)
-    works, tasks = _works(steps, _chunk_elements(options, threads, device), device, stats)
+    works, tasks = _works([step for plan in plans for step in plan.steps], chunk, device, stats)
+    scans = scans_of(works, tasks)
     places = [places_of(plan) for plan in plans]
-    protect = [path for plan in plans for path in (*plan.info.paths, *plan.info.side_files.values())]
     tell = progress or (lambda _: None)
+    scanned, written = Meter("scan", works, scans, tell), Meter("write", works, tasks, tell)
+    freed = FreedMemory(start_bytes + predicted)
+
+    def key() -> dict[str, str]:
+        return run_key(plans, source, stats, tasks, device=device, nonfinite=options.nonfinite)
+
     with contextlib.ExitStack() as opened:
-        destinations = [Destination(path, plan.files, force=options.force, sources=protect) for plan, path in outputs]
         check_apart(destinations)
         for destination in destinations:
             opened.enter_context(destination)
         workers = opened.enter_context(Workers(threads))
+        log = Checkpoints(
+            destinations,
+            key,
+            written.say,
+            chunk_elements=chunk,
+            seconds=options.checkpoint_seconds,
+            fresh=options.fresh,
+        )
+        opened.enter_context(log)
         rows = RowMaker(source, device, options.nonfinite)
-        _scan(works, tasks, rows, workers, tell)
-        _compare_ties([d for plan in plans for d in plan.decisions], source, workers)
+        resumed = scanned.skip(log.known("scan")) + written.skip(log.known("write"))
+        share = resumed / max(1, scanned.total + written.total)
+        if resumed:
+            written.say(f"resuming: {int(100 * share)} % was done by a run that was interrupted")
+        scan(works, scans, rows, workers, log, scanned)
+        compare_ties([d for plan in plans for d in plan.decisions], source, workers, log)
         stores: list[Store] = []  # one per step
         for plan, exporter, out, where in zip(plans, exporters, destinations, places, strict=True):
             wanted = frozenset(name for step in plan.steps for name in waits_for(step))
             stores += [Store(exporter, out, where, workers, plan.info, wanted)] * len(plan.steps)
-        meter, freed = _Meter("write", works, tasks, tell), FreedMemory(start_bytes + predicted)
-
-        def make(task: Task, scratch: Scratch) -> list[Energies]:
-            reading, measured = _reading(source, task), []
-            try:
-                for index, r in task.outputs:
-                    with _limits_of(device, works[index]):
-                        value, found = rows.make(works[index], r, reading, scratch)
-                        stores[index].put(works[index], r, value)
-                    measured.append(found)
-            except BaseException as exc:
-                for index, r in task.outputs:
-                    works[index].tell_others(r, exc)
-                raise
-            return measured
-
-        def finished(done: Sequence[Task]) -> None:
-            meter.finished(done)
-            freed.release()
-
-        first = [task for task in tasks if not task.late]
-        measured = workers.map(make, first, finished)
-        for work, store in zip(works, stores, strict=True):
-            if work.waits_for:
-                work.receive(store.kept)
-        measured += workers.map(make, tasks[len(first) :], finished)
-        tell(Progress("sync", "", meter.total, meter.total))
+        measured = write_rows(works, stores, tasks, rows, workers, log, written, freed.release)
+        log.finish()
+        tell(Progress("sync", "", written.total, written.total))
         notes = commit_all(destinations)
         sizes = [destination.sizes() for destination in destinations]
-    tell(Progress("done", "", meter.total, meter.total))
-    seconds, peak, found = time.perf_counter() - began, peak_bytes(), iter(_tensor_reports(works, tasks, measured))
+    tell(Progress("done", "", written.total, written.total))
+    seconds, peak, found = time.perf_counter() - began, peak_bytes(), iter(tensor_reports(works, tasks, measured))
     return [
         Report(
             destination=path,
@@ -159,7 +162,8 @@ def write_all(
             predicted_bytes=predicted,
             threads=threads,
             device=str(device),
-            notes=(*plan.notes, *said),
+            notes=(*plan.notes, *log.notes, *said),
+            resumed=share,
         )
         for (plan, path), files, said in zip(outputs, sizes, notes, strict=True)
     ]
@@ -185,11 +189,11 @@ def compute(
         raise PlanError(f"{work.name}: is made of other outputs, which only a whole run makes")
     with Workers(threads) as workers:
         rows = RowMaker(source, device, options.nonfinite)
-        _scan(works, tasks, rows, workers, lambda _: None)
+        scan(works, scans_of(works, tasks), rows, workers)
         ranges = [r for task in tasks for _, r in task.outputs]
 
         def make(r: range, scratch: Scratch) -> Rows:
-            with _limits_of(device, work):
+            with limits_of(device, work):
                 return _owned(rows.make(work, r, source, scratch)[0])
 
         made = workers.map(make, ranges)
@@ -214,36 +218,6 @@ def find_device(name: str) -> torch.device:
         reason = str(exc).strip().partition("\n")[0]
         raise DeviceError(f"no device {name!r} here: {reason}", hint=f"there is: {', '.join(here)}") from exc
     return device
-
-
-@contextlib.contextmanager
-def _limits_of(device: torch.device, work: Work) -> Iterator[None]:
-    """Where a device's memory may run out, or it lacks float64: an error that says for what."""
-    try:
-        yield
-    except torch.OutOfMemoryError as exc:
-        raise DeviceError(f"{device}: out of memory for {work.name}", hint="fewer --threads, another --device") from exc
-    except TypeError as exc:
-        if device.type == "cpu" or "float64" not in str(exc):
-            raise
-        reason = f"{device}: {work.name}: has no float64, which {work.step.scheme} searches with"
-        raise DeviceError(reason, hint="--rounding nearest, or --device cpu") from exc
-
-
-class _Meter:
-    """Turns finished tasks into progress, by the bytes of their sources."""
-
-    def __init__(
-        self, stage: Literal["scan", "write"], works: Sequence[Work], tasks: Sequence[Task], tell: ProgressCallback
-    ) -> None:
-        self.stage, self.works, self.tell, self.done = stage, works, tell, 0
-        self.total = sum(task.nbytes for task in tasks)
-
-    def finished(self, tasks: Sequence[Task]) -> None:
-        """Count tasks."""
-        self.done += sum(task.nbytes for task in tasks)
-        last, _ = tasks[-1].outputs[-1]
-        self.tell(Progress(self.stage, self.works[last].step.placed.output.name, self.done, self.total))
 
 
 def _exporter(plan: Plan) -> Exporter:
@@ -271,75 +245,6 @@ def _works(
     known = stats or {}
     works = [Work(s, whole=counts[i] == 1, stats=known, device=device) for i, s in enumerate(steps)]
     return works, tasks
-
-
-def _reading(source: Source, task: Task) -> Reading:
-    return source if len(task.outputs) == 1 else ReadOnce(source, task.pieces)
-
-
-def _scan(
-    works: Sequence[Work], tasks: Sequence[Task], rows: RowMaker, workers: Workers, tell: ProgressCallback
-) -> None:
-    """The first pass: numbers of whole tensors, for those that are not taken in one piece anyway."""
-    wanted = {index for index, work in enumerate(works) if work.wants_absmax and not work.whole}
-    chosen = [
-        dataclasses.replace(task, outputs=outputs)
-        for task in tasks
-        if wanted and (outputs := tuple(o for o in task.outputs if o[0] in wanted))
-    ]
-
-    def absmax(task: Task, scratch: Scratch) -> list[float]:
-        reading = _reading(rows.source, task)
-        return [rows.absmax(works[index], r, reading, scratch) for index, r in task.outputs]
-
-    found = workers.map(absmax, chosen, _Meter("scan", works, chosen, tell).finished)
-    for task, values in zip(chosen, found, strict=True):
-        for (index, _), value in zip(task.outputs, values, strict=True):
-            works[index].absmax = max(works[index].absmax or 0.0, value)
-
-
-def _compare_ties(decisions: Sequence[Decision], source: Source, workers: Workers) -> None:
-    """Tensors that are left out because the model shares them must be the same in the file."""
-    specs = {d.spec.name: d.spec for d in decisions}
-    shares: Callable[[str, str], bool] = getattr(source, "shares_storage", lambda *_: False)
-    dropped = {d.spec.name: d.spec for d in decisions if d.action == "drop"}  # by several plans perhaps
-    tasks: list[tuple[TensorSpec, TensorSpec, range]] = []
-    for spec in dropped.values():
-        first = specs.get(spec.tied_to or "")
-        if first is None or shares(spec.name, first.name):
-            continue
-        if (spec.shape, spec.dtype, spec.encoding) != (first.shape, first.dtype, first.encoding):
-            raise _untied(source, spec, first)
-        own = quantum(spec.shape, spec.encoding, tensor_wide=True)
-        tasks += [(spec, first, r) for r in chunks(spec.shape, own, CHUNK_ELEMENTS)]
-
-    def compare(task: tuple[TensorSpec, TensorSpec, range], scratch: Scratch) -> None:
-        spec, first, rows = task
-        if not same_rows(source.read(spec.name, rows, scratch), source.read(first.name, rows, Scratch())):
-            raise _untied(source, spec, first)
-
-    workers.map(compare, tasks)
-
-
-def _untied(source: Source, spec: TensorSpec, first: TensorSpec) -> CheckError:
-    return CheckError(
-        f"{source.info.name}: {spec.name} is tied to {first.name}, and the file holds another tensor under each name",
-        hint='set "tie_word_embeddings" in config.json to false if the model has both',
-    )
-
-
-def _tensor_reports(
-    works: Sequence[Work], tasks: Sequence[Task], measured: Sequence[Sequence[Energies]]
-) -> Iterator[TensorReport]:
-    totals = [Energies() for _ in works]
-    for task, found in zip(tasks, measured, strict=True):
-        for (index, _), one in zip(task.outputs, found, strict=True):
-            totals[index] = totals[index].plus(one)
-    for work, total in zip(works, totals, strict=True):
-        step = work.step
-        action = "repack" if step.action == "keep" and step.placed.held.encoding is not None else step.action
-        out, layout = step.placed.output, step.placed.held.layout
-        yield TensorReport(out.name, action, layout, out.numel, *total, nbytes=step.nbytes)
 
 
 def _owned(value: Rows) -> Rows:

@@ -202,6 +202,9 @@ class Exporter(Protocol):
     ``notes(layout: FileLayout) -> Sequence[str]`` (what to tell the user about the file as a whole).
     ``settle(placed) -> Sequence[Output]`` is called when every output has its verdict: outputs that follow from these,
     which take the place of those of the same name or come after all others (biases in steps of their weights' scales).
+    ``fingerprint() -> str`` tells it from another one of its version that lays out the same files and packs or
+    transforms values otherwise: options, or a digest of files that it reads, as far as they do that; "" where nothing
+    does. It is called and needed as that of a :class:`~monoquant_core.schemes.Quantizer`.
     A format that needs a graph may have ``read_graph(source, example) -> Source``, called before anything else: the
     source itself where its graph is of the format's own kind, else one whose tensors are those of the graph that it
     made of the source. ``example`` is one batch of inputs (a tensor, a tuple or a dict of them), or None.

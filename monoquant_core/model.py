@@ -105,10 +105,13 @@ class ModelInfo:
 class Source(Protocol):
     """Where tensors come from. ``info`` and ``specs`` read headers only, and import no torch where that is possible.
 
-    Two more methods are optional. ``checkpoint() -> Source | None`` is for a file that has other names than the
-    checkpoint it was made of: the same model under those names, with its config.json, for formats that are model
-    folders; closing either closes both. ``shares_storage(name, other) -> bool`` says that two tied names are the same
-    bytes in the file, so that they need not be compared.
+    More methods are optional. ``checkpoint() -> Source | None`` is for a file that has other names than the checkpoint
+    it was made of: the same model under those names, with its config.json, for formats that are model folders; closing
+    either closes both. ``shares_storage(name, other) -> bool`` says that two tied names are the same bytes in the file,
+    so that they need not be compared. ``fingerprint() -> str | None`` tells what decides its tensors beside the paths,
+    sizes and times of the files in ``info.paths``, such as their states when they were opened
+    (``FileReader.fingerprint``); None, as without the method, where a later run could not tell that it reads the same:
+    it then does not go on with one that was interrupted.
     """
 
     info: ModelInfo

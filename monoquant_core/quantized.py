@@ -188,21 +188,31 @@ class QuantizedModel:
         threads: int = 0,
         device: str = "cpu",
         force: bool = False,
+        fresh: bool = False,
         nonfinite: Literal["refuse", "allow"] = "refuse",
         on_unsupported: OnUnsupported = "error",
         progress: ProgressCallback | None = None,
     ) -> Report:
         """Write it. The path holds nothing, the old file or the complete new one, whatever happens.
 
+        A run that takes some time and is interrupted is resumed by the next one that is the same.
+
         :param format: without it, what the suffix of the path says, or safetensors.
         :param threads: 0 is one per usable core, at most 8, or 4 for an accelerator. They never change a byte.
         :param force: replace what is there.
+        :param fresh: begin anew, whatever an interrupted run had done.
         :param nonfinite: whether NaN and infinity may stay in tensors that are kept.
         :raises MonoquantError: naming the file and the tensor.
         """
         target = Target(self, path, format, format_options, on_unsupported)
         (report,) = save_all(
-            [target], threads=threads, device=device, force=force, nonfinite=nonfinite, progress=progress
+            [target],
+            threads=threads,
+            device=device,
+            force=force,
+            fresh=fresh,
+            nonfinite=nonfinite,
+            progress=progress,
         )
         return report
 
@@ -284,6 +294,7 @@ def save_all(
     threads: int = 0,
     device: str = "cpu",
     force: bool = False,
+    fresh: bool = False,
     nonfinite: Literal["refuse", "allow"] = "refuse",
     progress: ProgressCallback | None = None,
 ) -> list[Report]:
@@ -305,7 +316,7 @@ def save_all(
 
     first = targets[0]
     source = first.model._source_for(outputs[0][0].format, first.format_options)
-    options = RunOptions(threads=threads, device=device, force=force, nonfinite=nonfinite)
+    options = RunOptions(threads=threads, device=device, force=force, fresh=fresh, nonfinite=nonfinite)
     return write_all(outputs, source, options, stats=first.model._stats, progress=progress)
 
 

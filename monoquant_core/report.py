@@ -17,6 +17,8 @@ class Progress:
     tensor: str  #: name of the output last finished
     done_bytes: int  #: source bytes processed in this stage
     total_bytes: int
+    before_bytes: int = 0  #: of ``done_bytes``, what a run that was interrupted had done
+    note: str = ""  #: what the user should know right away: that a run is resumed, say
 
 
 ProgressCallback: TypeAlias = Callable[[Progress], None]
@@ -57,6 +59,7 @@ class Report:
     threads: int
     device: str
     notes: tuple[str, ...] = ()
+    resumed: float = 0.0  #: share of the work that an interrupted run had done, and that was not done again
 
     @property
     def nbytes(self) -> int:

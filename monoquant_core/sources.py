@@ -105,6 +105,13 @@ class TensorSource:
         """Bytes read from the files so far."""
         return sum(reader.bytes_read for reader in self._readers.values())
 
+    def fingerprint(self) -> str | None:
+        """Tells its files, as they were when they were opened; None where tensors are in memory."""
+        return None if self.tensors else self._files_fingerprint()
+
+    def _files_fingerprint(self) -> str:
+        return " ".join(reader.fingerprint for reader in self._readers.values())
+
     def specs(self) -> Sequence[TensorSpec]:
         """Every tensor, in the order in which they are stored."""
         if self._specs is None:
@@ -199,6 +206,10 @@ class TorchSource(TensorSource):
             )
             self.specs()  # tensors that cannot be read are refused now
             opened.pop_all()
+
+    def fingerprint(self) -> str | None:
+        """Tells its files, as they were when they were opened; None for those of a module, which is code."""
+        return None if self.info.graph is not None else self._files_fingerprint()
 
 
 class Pt2Source(TensorSource):

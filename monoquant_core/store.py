@@ -62,6 +62,29 @@ class Store:
             if (output, part) in wanted
         }
 
+    def files_of(self, output: str) -> list[tuple[Destination, int]]:
+        """The files that an output's parts go into, each by its output and its number among the plan's files."""
+        return [(self.out, number) for number in sorted({place.file for place in self.places[output].values()})]
+
+    def recall(self, work: Work, device: torch.device) -> None:
+        """Take the parts of the whole tensor, which an interrupted run stored, from the file."""
+        if work.shared is None:
+            return
+        places = self.places[work.step.placed.output.name]
+        found = {name: self._stored(place) for name, place in places.items() if not place.per_rows}
+        work.shared.set_result({name: part.to(device) for name, part in found.items()})
+
+    def recall_kept(self) -> None:
+        """Take the parts that other outputs are made of, as far as an interrupted run stored them, from the file."""
+        for (output, part), kept in self.kept.items():
+            kept.copy_(self._stored(self.places[output][part]))
+
+    def _stored(self, place: Place) -> torch.Tensor:
+        """A whole part, as the file has it."""
+        data = self.out.read_at(place.file, place.offset, place.part.nbytes)
+        flat = torch.frombuffer(data, dtype=place.dtype) if data else torch.empty(0, dtype=place.dtype)
+        return flat.view(place.part.shape)
+
     def put(self, work: Work, rows: range, value: Rows) -> None:
         """Store rows of an output.
 

@@ -139,6 +139,9 @@ class Tiny:
     def accepts(self, spec: TensorSpec, encoding: Encoding) -> bool:
         return False
 
+    def fingerprint(self) -> str:
+        return f"{self.bits} {self.group} {self.kind} {self.scale_dtype} {self.whole}"
+
     def quantize(self, rows: torch.Tensor, encoding: Encoding, context: Context) -> QuantizedTensor:
         self.seen.append((context.rows, context.absmax))
         x, shape, block = rows.float(), tuple(rows.shape), encoding.block
@@ -202,6 +205,9 @@ class RawExporter:
         self.folder = False
         self.spoil: Callable[[dict[str, torch.Tensor], range | int], Mapping[str, torch.Tensor]] | None = None
         self.sparing = False  #: parts per tensor come with the first rows only
+
+    def fingerprint(self) -> str:
+        return ""
 
     def outputs(self, specs: Sequence[TensorSpec], info: ModelInfo) -> Sequence[Output | Drop]:
         if self._outputs is not None:

@@ -193,6 +193,34 @@ def test_progress_is_lines_where_there_is_no_terminal(
     assert re.search(r"/s, 0\.0 s left$", lines[-1])
 
 
+def test_what_was_done_before_says_nothing_about_the_rate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    times = iter([100.0, 100.0, 101.0, 102.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
+    with reporter(quiet=False) as callback:
+        assert callback is not None
+        callback(Progress("write", "", 6_000_000, 9_000_000, 6_000_000, "resuming: 66 %\x1b[31m"))
+        callback(Progress("scan", "t", 1_000_000, 1_000_000))
+        callback(Progress("write", "t", 7_000_000, 9_000_000, 6_000_000))
+        callback(Progress("write", "t", 8_000_000, 9_000_000, 6_000_000))
+    note, _, first, second = capsys.readouterr().err.splitlines()
+    assert note == "resuming: 66 %\\x1b[31m"  # at once, and no escape code gets through
+    assert first.startswith("writing: 7 MB of 9 MB, 1 MB/s, 2.0 s left")
+    assert second.startswith("writing: 8 MB of 9 MB, 1 MB/s, 1.0 s left")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_notes_stay_on_a_terminal_above_the_bar() -> None:
+    note = 'show(Progress("write", "", 0, 4_000_000, 0, "resuming: [bold]66 %"))'
+    sent = sent_to_terminal(
+        BAR.replace("END", "'done'").replace("AND", "").replace("    for", f"    {note}\n    for"), columns=100
+    )
+    assert "resuming: [bold]66 %" in sent  # as it is, without markup
+    assert sent.index("resuming") < sent.index("first pass")
+
+
 def test_progress_is_quiet_for_short_runs_and_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     with reporter(quiet=False) as callback:
         for event in events():
@@ -240,6 +268,16 @@ def test_summary_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> N
     ):
         assert expected in text
     assert text.index("b.weight") < text.index("a.weight"), "the worst comes first"
+
+
+def test_a_summary_says_what_an_interrupted_run_had_done(capsys: pytest.CaptureFixture[str]) -> None:
+    resumed = dataclasses.replace(report(), resumed=0.755)
+    show_reports([resumed], json=False)
+    text = capsys.readouterr().out
+    assert "resumed  75 % was done by a run that was interrupted" in text
+    assert "2.0 s, 123 kB/s, 2 threads" in text  # of what this one did
+    show_reports([report(), resumed], json=True)
+    assert [one["resumed"] for one in json.loads(capsys.readouterr().out)["outputs"]] == [0.0, 0.755]
 
 
 def test_a_peak_of_what_ran_before_is_only_a_bound(capsys: pytest.CaptureFixture[str]) -> None:

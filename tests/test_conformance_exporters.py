@@ -41,6 +41,9 @@ class Plain:
     It holds plain parameters (no nesting), as float32 where they are floats; blocks have the tensor's own rank.
     """
 
+    def fingerprint(self) -> Any:
+        return ""
+
     def outputs(self, specs: Sequence[TensorSpec], info: ModelInfo) -> Sequence[Output | Drop]:
         return [Output(s.name, s.shape, s.dtype, (s.name,)) for s in specs]
 
@@ -309,7 +312,13 @@ class WritesItself(Plain):
         return super().pack(rows, out, held, first_row)
 
 
+class SaysNothing(Plain):
+    def fingerprint(self) -> Any:
+        return None
+
+
 SABOTAGE: list[tuple[Callable[[], Plain], str, str]] = [
+    (SaysNothing, "test_fingerprint_stays_the_same", "None is no text"),
     (NoUnpack, "test_satisfies_the_protocol", "unpack is not a method"),
     (DropsSilently, "test_accounts_for_every_tensor", "dropped without a reason"),
     (LosesOne, "test_accounts_for_every_tensor", "tensors that no output takes"),

@@ -36,6 +36,9 @@ class AbsMax:
             return Refusal("a vector", hint="--keep it")
         return Proposal(Encoding(INT8, per_channel(len(spec.shape)), "float32", clip=(-127, 127)))
 
+    def fingerprint(self) -> str:
+        return ""
+
     def accepts(self, spec: TensorSpec, encoding: Encoding) -> bool:
         proposed = self.propose(spec)
         return isinstance(proposed, Proposal) and encoding == proposed.encoding
@@ -263,7 +266,19 @@ class TrustsImportance(AbsMax):
         return right * (context.importance / context.importance.mean()).max()
 
 
+class Counts(AbsMax):
+    quantized = 0
+
+    def fingerprint(self) -> str:
+        return str(self.quantized)
+
+    def quantize(self, rows: torch.Tensor, encoding: Encoding, context: Context) -> QuantizedTensor:
+        self.quantized += 1
+        return super().quantize(rows, encoding, context)
+
+
 SABOTAGE: list[tuple[type[AbsMax], str, str]] = [
+    (Counts, "test_fingerprint_stays_the_same", "another fingerprint the second time"),
     (NoAttribute, "test_satisfies_the_protocol", "nearest is True or False"),
     (NoMethod, "test_satisfies_the_protocol", "accepts is not a method"),
     (FewArguments, "test_satisfies_the_protocol", "quantize must take (rows, encoding, context)"),

@@ -47,6 +47,10 @@ class Scheme:
     def accepts(self, spec, encoding):
         return False
 
+    def fingerprint(self):
+        import os
+        return str(os.getpid())
+
 
 class Probe:
     """Raises where it should answer."""
@@ -136,6 +140,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("test_planning_imports_no_torch", "planning with faulty imports torch"),
         ("test_summaries", "unfit: an empty summary"),
         ("test_targets_satisfy_their_protocol", "Scheme has no 'keeps_zero'"),
+        ("test_fingerprints_are_the_same_in_every_process", "in another process"),
         ("test_options", "Unhelpful.size has no help"),
         ("test_flags_agree_with_other_plugins", "unfit: --mode is str, for another it is int"),
         ("test_probes_answer", "no such processor"),

@@ -75,6 +75,9 @@ Threads = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps, xpu.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Begin anew, whatever an interrupted run had done; without it that is resumed.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on success but what --json asks for.")]
 UnsafePickle = Annotated[

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from monoquant_core.cli.render import duration, size
+from monoquant_core.cli.render import duration, note, printable, size
 from monoquant_core.report import Progress, ProgressCallback
 
 LINE_SECONDS = 3.0
@@ -58,17 +58,21 @@ def _bar() -> Iterator[ProgressCallback]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     # transient: the summary says it all, and stdout may be the same terminal
-    bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    bar = Bar(*columns, TimeRemainingColumn(), console=console, transient=True)
     task = bar.add_task("", total=None)
     stage = ""
 
     def show(event: Progress) -> None:
         nonlocal stage
-        if event.stage == "done":
+        if event.note:
+            console.print(printable(event.note), markup=False, highlight=False)
+        if event.note or event.stage == "done":
             return
         if event.stage != stage:
             stage = event.stage
-            bar.reset(task, total=event.total_bytes, description=STAGES[stage])
+            # What was done before this run says nothing about its rate.
+            bar.reset(task, total=event.total_bytes, completed=event.done_bytes, description=STAGES[stage])
             bar.start()  # not before: what is refused in planning has nothing to show
         bar.update(task, completed=event.done_bytes)
 
@@ -83,17 +87,21 @@ class _Lines:
         self._lock = threading.Lock()
         self._stage = ""
         self._began = self._said = self._last = time.monotonic()
+        self._before = 0  # bytes that an interrupted run had done
 
     def __call__(self, event: Progress) -> None:
+        if event.note:
+            note(event.note)
+            return
         with self._lock:
             now = time.monotonic()
             if event.stage != self._stage:
-                self._stage, self._began = event.stage, self._last
+                self._stage, self._began, self._before = event.stage, self._last, event.before_bytes
             self._last = now
             if now - self._said < LINE_SECONDS or not event.total_bytes:
                 return
             self._said = now
-            rate = event.done_bytes / max(now - self._began, 1e-3)
+            rate = (event.done_bytes - self._before) / max(now - self._began, 1e-3)
             left = duration((event.total_bytes - event.done_bytes) / rate) if rate else "?"
             done = f"{size(event.done_bytes)} of {size(event.total_bytes)}"
             line = f"{STAGES[event.stage]}: {done}, {size(rate)}/s, {left} left"

@@ -20,6 +20,7 @@ def save_or_plan(
     threads: int,
     device: str,
     force: bool,
+    fresh: bool,
     nonfinite: flags.NonfiniteChoice,
     json: bool,
     quiet: bool,
@@ -40,8 +41,8 @@ def save_or_plan(
         ]
         show_plans(plans, threads=threads, json=json)
         return
-    how: dict[str, Any] = {"threads": threads, "device": device, "force": force, "nonfinite": nonfinite.value}
+    how: dict[str, Any] = {"threads": threads, "device": device, "force": force, "fresh": fresh}
     with reporter(quiet=quiet) as progress:
-        reports = save_all(targets, **how, progress=progress)
+        reports = save_all(targets, **how, nonfinite=nonfinite.value, progress=progress)
     if json or not quiet:
         show_reports(reports, json=json)

@@ -24,13 +24,15 @@ def show_reports(reports: Sequence[Report], *, json: bool) -> None:
 
 def _cost(report: Report) -> list[tuple[str, str]]:
     """Time and memory of a run, whatever it wrote."""
-    rate = report.source_bytes / report.seconds if report.seconds else 0.0
+    rate = report.source_bytes * (1 - report.resumed) / report.seconds if report.seconds else 0.0
     peak = max(0, report.peak_bytes - report.start_bytes)
     where = plural(report.threads, "thread") if report.device == "cpu" else report.device
     known = report.peak_bytes > report.earlier_bytes  # what ran before it took more otherwise, and it less than that
     taken = f"{'' if known else 'at most '}{size(peak)}"
     predicted = f"{size(report.predicted_bytes)} predicted"
+    resumed = f"{int(100 * report.resumed)} % was done by a run that was interrupted"
     return [
+        *([("resumed", resumed)] if report.resumed else []),
         ("time", f"{duration(report.seconds)}, {size(rate)}/s, {where}"),
         ("memory", f"{taken} at its peak above the start's {size(report.start_bytes)}; {predicted}"),
     ]
@@ -83,6 +85,7 @@ def report_dict(report: Report) -> dict[str, Any]:
         "peak_bytes": report.peak_bytes,
         "earlier_bytes": report.earlier_bytes,
         "predicted_bytes": report.predicted_bytes,
+        "resumed": report.resumed,
         "threads": report.threads,
         "device": report.device,
         "tensors": [

@@ -101,6 +101,11 @@ class FileReader:
                 hint="run again when nothing writes to it",
             )
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells the file, as it was when it was opened, from another one and from what it is once it has changed."""
+        return f"{self.size} {self._mtime_ns}"
+
     def check(self, what: str) -> None:
         """Compare size and modification time with those on opening.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from monoquant_core.encoding import ElementType, Encoding, Param, param_shape
@@ -119,6 +121,20 @@ def _uncertainty(value: ParamValue, spec: Param) -> torch.Tensor:
         return torch.minimum(below, above)
     info = torch.finfo(value.dtype)
     return value.double().abs() * info.eps + info.smallest_normal * info.eps
+
+
+def assert_fingerprint(found: object, between: Callable[[], object] = lambda: None) -> None:
+    """The optional ``fingerprint`` of a scheme or a format is a text, which stays the same whatever it did meanwhile.
+
+    :param between: makes it work.
+    """
+    ask = getattr(found, "fingerprint", None)
+    if ask is None:
+        pytest.skip("has no fingerprint, so that runs with it are not resumed when they were interrupted")
+    first = ask()
+    assert isinstance(first, str), f"fingerprint: {first!r} is no text"
+    between()
+    assert ask() == first, "another fingerprint the second time"
 
 
 def assert_satisfies(obj: object, protocol: type) -> None:

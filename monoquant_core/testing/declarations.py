@@ -112,7 +112,7 @@ class PluginConformance:
     def test_planning_imports_no_torch(self, declared: list[tuple[str, Declaration]]) -> None:
         """Schemes propose and formats answer without it."""
         for hook, declaration in declared:
-            if hook in ("monoquant_register_schemes", "monoquant_register_exporters"):
+            if hook in _RUN_HOOKS:
                 lookup = f"load_registry().{TABLES[hook][2]}[{declaration.name.lower()!r}]"
                 # Libraries of graphs need numpy themselves.
                 only = ("torch",) if getattr(declaration, "needs", "") == "graph" else ("torch", "numpy")
@@ -131,6 +131,16 @@ class PluginConformance:
             if hook == "monoquant_register_runtimes":  # constructed on use: the program itself may be missing
                 continue
             assert_satisfies(default(declaration), PROTOCOLS[hook])
+
+    def test_fingerprints_are_the_same_in_every_process(self, declared: list[tuple[str, Declaration]]) -> None:
+        """A run goes on with what another process made, if these say the same: no addresses, no hashes of texts."""
+        for hook, declaration in declared:
+            ask = getattr(default(declaration), "fingerprint", None) if hook in _RUN_HOOKS else None
+            if ask is not None:
+                found = _output_of(_FINGERPRINT.format(table=TABLES[hook][2], name=declaration.name.lower()))
+                assert found == repr(ask()), (
+                    f"{declaration.name}: fingerprint {ask()!r} here, {found} in another process"
+                )
 
     def test_options(self, declared: list[tuple[str, Declaration]]) -> None:
         """Each with help in a sentence, a name that makes a flag, and a default of its type, readable as text."""
@@ -167,7 +177,7 @@ class PluginConformance:
         )
         assert done.returncode == 0, done.stderr
         for hook, declaration in declared:
-            if hook in ("monoquant_register_schemes", "monoquant_register_exporters"):
+            if hook in _RUN_HOOKS:
                 for info in option_infos(declaration.options):
                     assert f"--{info.name.replace('_', '-')}" in done.stdout, f"no flag for {info.name} in --help"
 
@@ -200,6 +210,15 @@ class PluginConformance:
         for _, declaration in declared:
             assert inspect.getdoc(declaration.load()), f"{declaration.target} has no docstring"
 
+
+#: what takes part in a run
+_RUN_HOOKS = ("monoquant_register_schemes", "monoquant_register_exporters")
+
+_FINGERPRINT = """
+from monoquant_core.plugins import load_registry
+from monoquant_core.testing.declarations import default
+print(repr(default(load_registry().{table}[{name!r}]).fingerprint()))
+"""
 
 _PLANNING = """
 from monoquant_core.plugins import load_registry
@@ -235,6 +254,11 @@ else:
 def _modules_after(*code: str, only: tuple[str, ...] = HEAVY) -> list[str]:
     """Which of the heavy modules a fresh process has imported after running the code."""
     script = "\n".join([*code, f"import sys; print('imported', *[m for m in {only!r} if m in sys.modules])"])
+    return _output_of(script).split()[1:]
+
+
+def _output_of(script: str) -> str:
+    """The last line that a fresh process prints which runs a script."""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1].split()[1:]
+    return done.stdout.splitlines()[-1]

@@ -24,7 +24,7 @@ from monoquant_core.recipe import Recipe
 from monoquant_core.rows import all_rows, chunks, quantum, row_count, row_length
 from monoquant_core.schemes import Proposal
 from monoquant_core.tensor import QuantizedTensor, dtype_name, same_bits
-from monoquant_core.testing.checks import assert_satisfies
+from monoquant_core.testing.checks import assert_fingerprint, assert_satisfies
 from monoquant_core.testing.samples import (
     NAME,
     InjectedError,
@@ -104,6 +104,13 @@ class ExporterConformance:
     def test_satisfies_the_protocol(self, exporter: Exporter) -> None:
         """Every method is there."""
         assert_satisfies(exporter, Exporter)
+
+    def test_fingerprint_stays_the_same(self, exporter: Exporter, info: ModelInfo) -> None:
+        """Where there is one: a later run with the same one goes on with what an interrupted run made."""
+        assert_fingerprint(exporter)
+        specs = MemorySource(self._model(exporter, info), info).specs()
+        resolved = _resolve(exporter, specs, info)
+        assert_fingerprint(resolved, lambda: list(resolved.outputs(specs, info)))
 
     def test_accounts_for_every_tensor(self, exporter: Exporter, info: ModelInfo) -> None:
         """Each is the input of an output, or dropped with a reason; names are unique; twice the same."""

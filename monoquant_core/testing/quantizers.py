@@ -19,7 +19,7 @@ from monoquant_core.schemes import Context, Proposal, Quantizer, Refusal
 from monoquant_core.scratch import Scratch
 from monoquant_core.stats import TensorStats
 from monoquant_core.tensor import QuantizedTensor, same_bits
-from monoquant_core.testing.checks import assert_satisfies, assert_sound, half_step_excess
+from monoquant_core.testing.checks import assert_fingerprint, assert_satisfies, assert_sound, half_step_excess
 from monoquant_core.testing.samples import NAME, SHAPES, VALUES, ShapeSample, fitting, generator, normal, take_rows
 
 
@@ -87,6 +87,15 @@ class QuantizerConformance:
             if activation is not None and not activation.dynamic:
                 found = activation.low, activation.high
                 assert found == (-1.25, 3.5), f"{sample.name}: the range has become {found}"
+
+    def test_fingerprint_stays_the_same(self, quantizer: Quantizer) -> None:
+        """Where there is one: a later run with the same one goes on with what an interrupted run made."""
+
+        def work() -> None:
+            for sample, spec, proposal in self._taken(quantizer):
+                _quantize(quantizer, normal(sample.shape), spec, proposal)
+
+        assert_fingerprint(quantizer, work)
 
     def test_gives_what_it_promises(self, quantizer: Quantizer) -> None:
         """Exactly the proposed encoding and the input's shape, finite and in range, for all values and dtypes."""

@@ -64,6 +64,10 @@ class Fp8Quantizer:
             and encoding.block in (channel_block(spec), per_tensor(len(spec.shape)))
         )
 
+    def fingerprint(self) -> str:
+        """Nothing beside its options decides what it gives."""
+        return ""
+
     def quantize(self, rows: torch.Tensor, encoding: Encoding, context: Context) -> QuantizedTensor:
         """Quantize a chunk of whole blocks. A block of zeros has scale 1.
 
@@ -91,6 +95,10 @@ class Cast:
     def accepts(self, spec: TensorSpec, encoding: Encoding) -> bool:
         """No encoding: a cast quantizes nothing."""
         return False
+
+    def fingerprint(self) -> str:
+        """Nothing beside its options decides what it gives."""
+        return ""
 
     def quantize(self, rows: torch.Tensor, encoding: Encoding, context: Context) -> QuantizedTensor:
         """Never called for a cast, which has no encoding.

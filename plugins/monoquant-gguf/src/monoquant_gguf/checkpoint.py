@@ -97,6 +97,10 @@ class CheckpointSource:
         """Bytes read from the file so far."""
         return self._source.bytes_read
 
+    def fingerprint(self) -> str:
+        """Tells the file, as it was when it was opened."""
+        return self._source.fingerprint()
+
     def specs(self) -> Sequence[TensorSpec]:
         """Every tensor, in the order of the file."""
         return self._specs

@@ -92,6 +92,10 @@ class GgufExporter:
         model = Model(info, {spec.name: spec.shape for spec in specs}, info.side_files)
         return GgufExporter(self._options, architectures.find(info, wanted, self._registry), model)
 
+    def fingerprint(self) -> str:
+        """Nothing: what it knows of the model follows from config.json and shows in the plan."""
+        return ""
+
     def outputs(self, specs: Sequence[TensorSpec], info: ModelInfo) -> Sequence[Output | Drop]:
         """llama.cpp's names, orders and changes of values; every tensor as it is where there is no architecture."""
         if self._architecture is None or self._model is None:

@@ -7,6 +7,7 @@ counts as tensors). Nothing is believed before it is checked against the file. I
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 SUMS, COUNTS = ".in_sum2", ".counts"
+_AT_ONCE = 1 << 20  #: bytes of a file that are read at once
 MAX_NAME = 1024  #: bytes of a name in the older file
 
 _HINT = "llama-imatrix writes such files"
@@ -90,6 +92,18 @@ def load(path: str | Path) -> Imatrix:
     if not entries:
         raise SourceError(f"{path}: an importance matrix without entries", hint=_HINT)
     return Imatrix(path, entries)
+
+
+def digest(path: str | Path) -> str:
+    """Tells a file from others.
+
+    :raises SourceError: when it cannot be read.
+    """
+    with FileReader(path) as reader:
+        found = hashlib.sha256()
+        for start in range(0, reader.size, _AT_ONCE):
+            found.update(reader.read(start, min(_AT_ONCE, reader.size - start)))
+    return found.hexdigest()
 
 
 def importance(imatrix: Imatrix, info: ModelInfo, specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:

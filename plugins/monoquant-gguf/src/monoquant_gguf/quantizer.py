@@ -110,6 +110,10 @@ class GgmlQuantizer:
             return False
         return any(spec.shape[-1] % layout.block_size == 0 and layout.holds(encoding) for layout in self.layouts)
 
+    def fingerprint(self) -> str:
+        """The importance matrix, if there is one."""
+        return imatrix.digest(self.options.imatrix) if self.options.imatrix else ""
+
     def quantize(self, rows: torch.Tensor, encoding: Encoding, context: Context) -> QuantizedTensor:
         """Quantize whole rows.
 

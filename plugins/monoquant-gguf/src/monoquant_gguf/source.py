@@ -88,6 +88,10 @@ class GgufSource:
         """Bytes read from the file so far."""
         return self._reader.bytes_read
 
+    def fingerprint(self) -> str:
+        """Tells the file, as it was when it was opened."""
+        return self._reader.fingerprint
+
     def specs(self) -> Sequence[TensorSpec]:
         """Every tensor, in the order of the file."""
         if self._specs is None:

@@ -109,6 +109,10 @@ class IntQuantizer:
             and not (encoding.tensor_wide and self.options.rounding == "search")
         )
 
+    def fingerprint(self) -> str:
+        """Nothing beside its options decides what it gives."""
+        return ""
+
     def quantize(self, rows: torch.Tensor, encoding: Encoding, context: Context) -> QuantizedTensor:
         """Quantize a chunk of whole blocks.
 

@@ -106,6 +106,10 @@ class OnnxExporter:
         """The exporter that knows the ranges of activations."""
         return OnnxExporter(self._options, self._graph, list(self._specs.values()), stats)
 
+    def fingerprint(self) -> str:
+        """The processor that it is for; the graph and the ranges of values show in the plan."""
+        return self._options.target
+
     def outputs(self, specs: Sequence[TensorSpec], info: ModelInfo) -> Sequence[Output | Drop]:
         """Every initializer, as it lies in the graph."""
         return [Output(spec.name, spec.shape, spec.dtype, (spec.name,)) for spec in specs]

@@ -77,6 +77,12 @@ class GraphedSource:
             notes=tuple(dict.fromkeys(notes)),
         )
 
+    def fingerprint(self) -> str | None:
+        """What both say."""
+        own: str | None = getattr(self._finished, "fingerprint", lambda: None)()
+        graph = self._graph.fingerprint()
+        return None if own is None or graph is None else f"{own} {graph}"
+
     def specs(self) -> Sequence[TensorSpec]:
         """The graph's tensors, with the file's encodings as they lie in the graph."""
         return self._specs

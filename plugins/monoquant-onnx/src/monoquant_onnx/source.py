@@ -63,7 +63,9 @@ def open_onnx(path: Path) -> OnnxSource:
         graph.names = {name: name for name in graph.data}
         paths = tuple(structure.readers)
         info = ModelInfo(str(path), paths=paths, graph=graph, metadata=dict(graph.model.metadata_props))
-        source = OnnxSource(dataclasses.replace(info, notes=tuple(notes)), close=structure.close)
+        source = OnnxSource(
+            dataclasses.replace(info, notes=tuple(notes)), close=structure.close, fingerprint=structure.fingerprint
+        )
         source.specs()
     except BaseException:
         structure.close()
@@ -74,6 +76,7 @@ def open_onnx(path: Path) -> OnnxSource:
 class OnnxSource:
     """The initializers of a graph, under the names that the model knows them by.
 
+    :param fingerprint: tells the files of a graph that was read; a graph that was made in this process has none.
     :raises SourceError: naming the tensor that has a type or a shape that is not read.
     """
 
@@ -84,8 +87,10 @@ class OnnxSource:
         tied: Mapping[str, str] | None = None,
         modules: Mapping[str, str] | None = None,
         close: object = None,
+        fingerprint: str | None = None,
     ) -> None:
         self.info = info
+        self._fingerprint = fingerprint
         self.graph: OnnxGraph = info.graph
         self._tied, self._modules, self._close = tied or {}, modules or {}, close
         self._specs: list[TensorSpec] | None = None
@@ -96,6 +101,10 @@ class OnnxSource:
         from monoquant_onnx.data import readers_of
 
         return sum(reader.bytes_read for reader in readers_of(self.graph.data.values()))
+
+    def fingerprint(self) -> str | None:
+        """Tells the files of a graph that was read; None of one that was made in this process."""
+        return self._fingerprint
 
     def specs(self) -> Sequence[TensorSpec]:
         """Every initializer that is no constant of the graph, in the order in which the graph uses them."""

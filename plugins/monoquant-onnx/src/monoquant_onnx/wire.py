@@ -65,6 +65,11 @@ class Structure:
     readers: dict[Path, FileReader] = field(default_factory=dict)  #: the file, and its external data
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells the files, as they were when they were opened."""
+        return " ".join(reader.fingerprint for reader in self.readers.values())
+
     def close(self) -> None:
         """Close the files."""
         for reader in self.readers.values():

@@ -92,6 +92,10 @@ class CompressedTensorsExporter:
         self._max_shard, self._info = max_shard, info
         self._specs = {spec.name: spec for spec in specs}
 
+    def fingerprint(self) -> str:
+        """Nothing: all of it shows in the plan."""
+        return ""
+
     def outputs(self, specs: Sequence[TensorSpec], info: ModelInfo) -> Sequence[Output | Drop]:
         """Every tensor under its own name, but for buffers that models compute."""
         return [

@@ -53,6 +53,10 @@ class GenericExporter:
     def __init__(self, max_shard: int) -> None:
         self._max_shard = max_shard
 
+    def fingerprint(self) -> str:
+        """Nothing: all of it shows in the plan."""
+        return ""
+
     def outputs(self, specs: Sequence[TensorSpec], info: ModelInfo) -> Sequence[Output]:
         """Every tensor under its own name."""
         return [Output(spec.name, spec.shape, spec.dtype, (spec.name,)) for spec in specs]

@@ -14,7 +14,6 @@ import torch
 from monoquant_gguf import blocks
 from monoquant_gguf.kernels.run import quantize
 from monoquant_gguf.layouts import QUANTIZED, Layout, by_name
-from monoquant_gguf.quantizer import accelerator
 
 import monoquant_core as mq
 from benchmarks import ggml
@@ -23,6 +22,7 @@ from benchmarks.measure import MONOQUANT, Child, Timing, interleaved
 from benchmarks.pipeline import START_UP_GB, Runs, cells, megabytes, run_once, summary
 from benchmarks.results import Gate, Section, Table, number
 from benchmarks.synthetic import Geometry, geometry, heavy_tailed, write_checkpoint
+from monoquant_core.compiling import accelerator
 from monoquant_core.model import TensorSpec
 from monoquant_core.rows import all_rows
 from monoquant_core.schemes import Context

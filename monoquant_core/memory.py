@@ -34,8 +34,8 @@ def working_bytes(plans: Sequence[Plan], threads: int, chunk_elements: int = 0) 
     chunk_elements = chunk_elements or elements_of_tasks(threads)
     steps = [step for plan in plans for step in plan.steps]
     tasks = (_task_bytes(task, steps) for task in largest_tasks(steps, threads, chunk_elements))
-    # Schemes of one plugin share what they load.
-    once = max((getattr(step.quantizer, "process_bytes", 0) for step in steps), default=0)
+    # Schemes share what they load.
+    once = max(map(_process_bytes, steps), default=0)
     return _OVERHEAD + once + sum(heapq.nlargest(threads, tasks))
 
 
@@ -89,6 +89,12 @@ class FreedMemory:
         trim(0)
         # What is in use after all must not have this called for ever.
         self._limit = max(self._limit, resident_bytes() + _HELD)
+
+
+def _process_bytes(step: Step) -> int:
+    """What its scheme loads before it can quantize."""
+    asked, encoding = getattr(step.quantizer, "process_bytes", None), step.placed.held.encoding
+    return int(asked(step.spec, encoding)) if asked is not None and encoding is not None else 0
 
 
 def _task_bytes(task: Task, steps: Sequence[Step]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from monoquant_core import options as opts
@@ -89,7 +89,7 @@ def make_plan(
         chooser.report_refusals()  # what was planned on is refused, whatever comes of the rest
         raise
     chooser.report_refusals(bits_per_weight(steps))
-    notes += [n for q in {id(s.quantizer): s.quantizer for s in steps}.values() for n in getattr(q, "notes", list)()]
+    notes += _said_by_schemes(steps)
     files: tuple[FilePlan, ...] = ()
     if exporter is not None:
         ties = {d.spec.name: d.spec.tied_to for d in decisions if d.spec.tied_to is not None and d.action == "drop"}
@@ -100,6 +100,18 @@ def make_plan(
     unique = tuple(dict.fromkeys([*info.notes, *notes]))
     name = declared.name if declared else ""
     return Plan(info, tuple(decisions), tuple(steps), files, name, exporter, unique, chooser.as_recipe())
+
+
+def _said_by_schemes(steps: Sequence[Step]) -> Iterator[str]:
+    """What schemes say of the tensors that they quantize."""
+    made = [
+        (step.quantizer, step.spec, step.placed.held.encoding)
+        for step in steps
+        if step.quantizer is not None and step.placed.held.encoding is not None
+    ]
+    for quantizer in {id(q): q for q, _, _ in made}.values():
+        if hasattr(quantizer, "notes"):
+            yield from quantizer.notes([(spec, encoding) for q, spec, encoding in made if q is quantizer])
 
 
 def source_for(

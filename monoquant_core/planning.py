@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,16 @@ class Step:
     reason: str
     scheme: str = ""
     quantizer: Quantizer | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The tensor that is quantized, as its scheme sees it: the input, or what several inputs become."""
+        out, first = self.placed.output, self.specs[0]
+        if len(self.specs) == 1 and first.shape == out.shape:
+            return first
+        return dataclasses.replace(
+            first, name=out.name, shape=out.shape, dtype=out.dtype, encoding=None, nbytes_stored=None
+        )
 
     @property
     def activation(self) -> ActivationQuant | None:

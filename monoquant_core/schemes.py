@@ -81,11 +81,12 @@ class Quantizer(Protocol):
     More methods are optional: ``use(registry)``, called once, first, for schemes that ask other plugins;
     ``with_ranges(spec, proposal, stats: TensorStats) -> Proposal``, called in planning where calibration knows the
     range of what goes into the layer: ``proposal`` with a static activation, say, and without the need for ``ranges``;
-    ``notes() -> Sequence[str]``, what to tell the user when the scheme quantizes something; and
-    ``fingerprint() -> str``, which tells it from another one that has the same options and version and gives other
-    codes: a digest of the files that it reads, "" where there are none. It may be called in any thread, and is called
-    for runs that take some time; without it they are not resumed when they were interrupted. So is the attribute
-    ``process_bytes``: memory that a process needs once to quantize at all, such as that of a compiler.
+    ``notes(tensors) -> Sequence[str]``, what to tell the user when the scheme quantizes these, each with the encoding
+    that it gets; ``process_bytes(spec, encoding) -> int``, memory that a process needs once before it can quantize such
+    a tensor, such as that of a compiler; and ``fingerprint() -> str``, which tells the scheme from another one that has
+    the same options and version and gives other codes: a digest of the files that it reads, "" where there are none. It
+    may be called in any thread, and is called for runs that take some time; without it they are not resumed when they
+    were interrupted.
     """
 
     #: whether zeros stay exactly zero; the conformance kit and the check rely on it

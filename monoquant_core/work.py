@@ -68,12 +68,7 @@ class Work:
     @functools.cached_property
     def spec(self) -> TensorSpec:
         """The tensor that is quantized, as the scheme saw it in planning."""
-        out, specs = self.step.placed.output, self.step.specs
-        if len(specs) == 1 and specs[0].shape == out.shape:
-            return specs[0]
-        return dataclasses.replace(
-            specs[0], name=out.name, shape=out.shape, dtype=out.dtype, encoding=None, nbytes_stored=None
-        )
+        return self.step.spec
 
     @property
     def wants_absmax(self) -> bool:

@@ -14,12 +14,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "monoquant_core"
 PLUGINS = sorted(p for p in (ROOT / "plugins").iterdir() if (p / "pyproject.toml").exists())
-HEAVY = {"torch", "numpy", "pydantic", "rich", "typer", "transformers", "safetensors", "compressed_tensors"}
+HEAVY = {"torch", "numpy", "numba", "pydantic", "rich", "typer", "transformers", "safetensors", "compressed_tensors"}
 
 #: a module imports, at module level, only what stands in its own row or above it (TYPE_CHECKING aside), without cycles
 LAYERS: list[set[str]] = [
     {"errors", "encoding", "options"},
-    {"declarations", "hookspecs", "rows", "report", "tensor", "scratch", "packing", "blocks"},
+    {"declarations", "hookspecs", "rows", "report", "tensor", "scratch", "compiling", "packing", "blocks"},
     {
         "model",
         "plugins",
@@ -89,6 +89,7 @@ TORCH_FREE = {
         "quality",
         "statistics",
         "agreement",
+        "compiling",
     ),
 }
 

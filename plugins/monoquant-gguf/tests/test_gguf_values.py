@@ -276,9 +276,9 @@ def test_the_error_says_what_fallbacks_come_to(run: Callable[..., Any], tmp_path
 @pytest.mark.parametrize("found", [True, False])
 def test_what_the_searches_run_with_is_said(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if found else None)
-    (note,) = GgmlQuantizer("Q4_K", TypeOptions()).notes()
+    (note,) = GgmlQuantizer("Q4_K", TypeOptions()).notes([])
     assert ("run in numba" in note, "monoquant[gguf-fast]" in note) == (found, not found)
-    assert not GgmlQuantizer("Q8_0", TypeOptions()).notes()
+    assert not GgmlQuantizer("Q8_0", TypeOptions()).notes([])
 
 
 def test_every_type_is_a_scheme() -> None:
@@ -323,8 +323,9 @@ def test_memory_of_the_accelerator_is_predicted() -> None:
         ("Q8_0", "llama.cpp", False),
         ("TQ1_0", "search", False),
     ):
-        quantizer = GgmlQuantizer(name, TypeOptions(rounding))
-        assert bool(quantizer.process_bytes) == (expected and numba), name
+        spec, encoding = TensorSpec("w", (1, 256), "float32"), by_name(name).encoding_for(2)
+        taken = GgmlQuantizer(name, TypeOptions(rounding)).process_bytes(spec, encoding)
+        assert bool(taken) == (expected and numba), name
 
 
 @pytest.mark.parametrize("magnitude", [1e-36, 1e-3, 1.0, 1e20, 1e30, 1e38])

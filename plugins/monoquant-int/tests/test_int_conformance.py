@@ -33,6 +33,7 @@ class TestPlugin(PluginConformance):
     plugin = "int"
 
 
+@pytest.mark.usefixtures("searches")
 class TestSchemes(QuantizerConformance):
     """What it quantizes."""
 

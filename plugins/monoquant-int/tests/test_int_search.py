@@ -23,6 +23,8 @@ from monoquant_core.schemes import Context
 from monoquant_core.scratch import Scratch
 from monoquant_core.tensor import QuantizedTensor
 
+pytestmark = pytest.mark.usefixtures("searches")
+
 G128 = Encoding(INT4, (1, 128), "float32")
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from monoquant_core.compiling import NUMBA_BYTES, accelerator
 from monoquant_core.encoding import Encoding
 from monoquant_core.model import TensorSpec
 from monoquant_core.plugins import Registry
@@ -33,8 +33,6 @@ SEARCHED = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"
 #: types whose scales llama.cpp searches for, and those that the search of ours compiles
 SEARCHED = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"})
 REFIT = SEARCHED | {"Q8_0", "Q4_0", "Q5_0"}
-
-NUMBA_BYTES = 150 << 20  #: numba, LLVM and compiled kernels from the cache; compiling them takes 90 MB more, once
 
 #: what llama-quantize takes where a type's blocks do not divide the rows; F16 where these do not, either
 FALLBACKS = {
@@ -64,8 +62,7 @@ class GgmlQuantizer:
         """Whose plugins bring architectures."""
         self._registry = registry
 
-    @property
-    def process_bytes(self) -> int:
+    def process_bytes(self, spec: TensorSpec, encoding: Encoding) -> int:
         """What numba takes where it is used."""
         compiled = REFIT if self.options.rounding == "search" else SEARCHED
         wanted = self.options.imatrix or not compiled.isdisjoint(layout.name for layout in self.layouts)
@@ -93,7 +90,7 @@ class GgmlQuantizer:
             instead=Proposal(encoding, layout=fallback.name),
         )
 
-    def notes(self) -> Sequence[str]:
+    def notes(self, tensors: Sequence[tuple[TensorSpec, Encoding]]) -> Sequence[str]:
         """What the searches run with, where they take time."""
         if not any(layout.name in SEARCHED for layout in self.layouts):
             return ()
@@ -132,11 +129,6 @@ class GgmlQuantizer:
         found = imatrix.load(self.options.imatrix)
         names = targets_of(context.spec.name, self._registry)
         return next((v for v in (found.importance(name, columns) for name in names) if v is not None), None)
-
-
-def accelerator() -> str:
-    """What the searches run with: ``numba`` where it is installed, else ``torch``."""
-    return "numba" if importlib.util.find_spec("numba") is not None else "torch"
 
 
 Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, TQ1_0, TQ2_0, MXFP4 = (

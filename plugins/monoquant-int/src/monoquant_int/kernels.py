@@ -7,7 +7,9 @@ A code is ``round_half_to_even(x * (1 / scale)) + zero_point`` in float32, with 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -18,16 +20,21 @@ from monoquant_core.blocks import (
     in_steps,
     number,
     power_of_two,
-    span,
     tensor_magnitude,
     to_matrix,
 )
+from monoquant_core.compiling import compiled
 from monoquant_core.encoding import FULL, Encoding, param_shape
 from monoquant_core.errors import QuantizationError
+from monoquant_core.model import TensorSpec
 from monoquant_core.schemes import Context
 from monoquant_core.scratch import WORK
 from monoquant_core.tensor import QuantizedTensor
-from monoquant_int.search import SPAN, Codes, best_scale
+from monoquant_int import search as in_torch
+from monoquant_int.quantizer import WORTH_COMPILING
+from monoquant_int.search import Codes
+
+COMPILED = "monoquant_int.compiled"
 
 _TOUCHING = 5e-5  #: steps: more than float32 rounds, and too few to be seen
 
@@ -136,20 +143,19 @@ class _Chunk:
         self, magnitude: torch.Tensor, plain: torch.Tensor, coarsest: torch.Tensor, codes: Codes
     ) -> torch.Tensor:
         """The best scale, in its dtype; ``plain`` for blocks of zeros, and where a scale would be subnormal."""
-        matrix, scratch, weights = self.matrix, self.context.scratch, self._weights()
+        searches = _searches(self.context.spec, self.matrix.device)
         # Exact, and then no square of a value over- or underflows.
         power = power_of_two(magnitude)
-        unscale = power.reciprocal().unsqueeze(1)
-        ends = plain.float() / power, coarsest / power
-        found = torch.empty_like(power)
-        rows = max(1, span(SPAN, matrix.device) // matrix.shape[1])
-        for first in range(0, len(power), rows):
-            part = slice(first, first + rows)
-            x = scratch.take("int.x", matrix[part].shape, torch.float32, matrix.device)
-            torch.mul(matrix[part], unscale[part], out=x)
-            weight = None if weights is None else weights[part]
-            bits = self.encoding.element.bits
-            found[part] = best_scale(x, weight, ends[0][part], ends[1][part], codes.of(part), bits, scratch)
+        found: torch.Tensor = searches.best_scales(
+            self.matrix,
+            power.reciprocal(),
+            self._weights(),
+            plain.float() / power,
+            coarsest / power,
+            codes,
+            self.encoding.element.bits,
+            self.context.scratch,
+        )
         scale = (found * power).to(plain.dtype)
         usable = scale.isfinite() & (scale.abs() >= torch.finfo(scale.dtype).tiny)
         return torch.where(usable, scale, plain)
@@ -177,6 +183,13 @@ class _Chunk:
             weights = weights[self.context.rows.start : self.context.rows.stop].unsqueeze(1)
         weights = to_matrix(weights.expand(flat.shape).reshape(self.rows.shape), self.block)
         return _relative(weights)
+
+
+def _searches(spec: TensorSpec, device: torch.device) -> ModuleType:
+    """What runs the search: once numba is there, it takes small tensors, too."""
+    if device.type == "cpu" and (spec.numel >= WORTH_COMPILING or COMPILED in sys.modules):
+        return compiled(COMPILED) or in_torch
+    return in_torch
 
 
 def _relative(weights: torch.Tensor) -> torch.Tensor:

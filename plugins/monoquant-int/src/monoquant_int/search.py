@@ -13,17 +13,17 @@ from dataclasses import dataclass
 
 import torch
 
-from monoquant_core.blocks import number
+from monoquant_core.blocks import number, span
 from monoquant_core.scratch import Scratch
 
 CANDIDATES = 6
 
-SPAN = 1 << 16  #: elements to search at a time: three float32 buffers of them stay in a core's cache
+SPAN = 1 << 17  #: elements at a time: buffers of them stay in a cache, and threads seldom wait for each other
 
 #: the step that suits a unit normal best, by bits: J. Max, "Quantizing for minimum distortion" (1960), table II
 NORMAL_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
 
-_FINEST = 0.85  #: of the coarsest candidate: the finest one is at most this, however flat the distribution
+FINEST = 0.85  #: of the coarsest candidate: the finest one is at most this, however flat the distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,40 @@ class Codes:
             values.clamp_(self.low, self.high)
 
 
-def best_scale(
+def best_scales(
+    matrix: torch.Tensor,
+    unscale: torch.Tensor,
+    weights: torch.Tensor | None,
+    plain: torch.Tensor,
+    coarsest: torch.Tensor,
+    codes: Codes,
+    bits: int,
+    scratch: Scratch,
+) -> torch.Tensor:
+    """The scale for every row of ``matrix * unscale``.
+
+    The first candidate is ``plain``, so that the result is never worse. The others go from ``coarsest`` to the scale
+    that suits a normal distribution of the same variance, evenly in ``1 / scale``: rows with outliers are tried with
+    much finer scales, too.
+
+    :param matrix: float32 ``[blocks, elements]``.
+    :param unscale: ``[blocks]``, powers of two that bring magnitudes to the order of one, and below 4.
+    :param weights: of every squared error, ``[blocks, elements]``, at most 1; overwritten.
+    :param plain: ``[blocks]``, positive: the scale that clips nothing.
+    :param coarsest: ``[blocks]``; its sign is that of the candidates.
+    """
+    found = torch.empty_like(unscale)
+    rows = max(1, span(SPAN, matrix.device) // matrix.shape[1])
+    for first in range(0, len(matrix), rows):
+        part = slice(first, first + rows)
+        x = scratch.take("int.x", matrix[part].shape, torch.float32, matrix.device)
+        torch.mul(matrix[part], unscale[part].unsqueeze(1), out=x)
+        weight = None if weights is None else weights[part]
+        found[part] = _best_scales(x, weight, plain[part], coarsest[part], codes.of(part), bits, scratch)
+    return found
+
+
+def _best_scales(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     plain: torch.Tensor,
@@ -56,25 +89,14 @@ def best_scale(
     bits: int,
     scratch: Scratch,
 ) -> torch.Tensor:
-    """The scale for every row of ``x``, whose order of magnitude should be that of one.
-
-    The first candidate is ``plain``, so that the result is never worse. The others go from ``coarsest`` to the scale
-    that suits a normal distribution of the same variance, evenly in ``1 / scale``: rows with outliers are tried with
-    much finer scales, too.
-
-    :param x: float32 ``[blocks, elements]``, magnitudes below 4; overwritten.
-    :param weight: of every squared error, ``[blocks, elements]``, at most 1; overwritten.
-    :param plain: ``[blocks]``, positive: the scale that clips nothing.
-    :param coarsest: ``[blocks]``; its sign is that of the candidates.
-    """
     q, product = (scratch.take(f"int.{name}", x.shape, torch.float32, x.device) for name in ("q", "product"))
     wide = scratch.take("int.wide", x.shape, torch.float64, x.device)
-    unit = _unit(x.shape[1], bits)
+    unit = grid_unit(x.shape[1], bits)
     _to_grid(x, unit)
     squares = torch.sum(wide.copy_(_to_grid(torch.mul(x, x, out=product), unit)), 1).float()
     # Through float64, because float32 roots are not rounded correctly everywhere.
     deviation = (squares / number(x.shape[1], x.device)).double().sqrt_().float()
-    finest = torch.minimum(deviation * NORMAL_STEP[bits], coarsest.abs() * _FINEST).copysign_(coarsest)
+    finest = torch.minimum(deviation * NORMAL_STEP[bits], coarsest.abs() * FINEST).copysign_(coarsest)
     first, stride = coarsest.reciprocal(), (finest.reciprocal() - coarsest.reciprocal()) / (CANDIDATES - 2)
     inverse = torch.stack([plain.reciprocal(), *(first + stride * k for k in range(CANDIDATES - 1))])
     if codes.both_signs:
@@ -100,7 +122,7 @@ def best_scale(
     return torch.gather(refit, 0, best).squeeze(0).float()
 
 
-def _unit(elements: int, bits: int) -> float:
+def grid_unit(elements: int, bits: int) -> float:
     """Of the grid: sums of ``elements`` values, each the product of two codes or below it, are less than 2^53 units."""
     return 2.0 ** ((elements - 1).bit_length() + 2 * bits - 53)
 

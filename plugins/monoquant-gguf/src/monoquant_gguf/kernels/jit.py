@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numba
 import numpy as np
 from numba.extending import register_jitable
 
+from monoquant_core import compiling
 from monoquant_gguf.kernels import simd
 from monoquant_gguf.kernels.simd import ROW, WIDTH, load, magnitude, nearest, splat, splat_like, transpose_square, where
 
@@ -19,25 +18,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _F = np.float32
 _ZERO = _F(0)
 
-#: of the files whose functions become part of kernels
-_HELPERS = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (__file__, simd.__file__)]
-
-
-def jit(function: _Function) -> _Function:
-    """Compile a kernel when it is first called, and keep it on disk for the next process."""
-
-    def compiled(*, cache: bool) -> Any:
-        return numba.njit(nogil=True, cache=cache, error_model="numpy", fastmath=False, boundscheck=False)(function)
-
-    try:
-        made = compiled(cache=True)
-    except RuntimeError:  # numba finds no folder that it may write to: it compiles in every process then
-        return cast("_Function", compiled(cache=False))
-    # numba looks at the file of the kernel only, and would go on using it when what it calls has changed.
-    index = getattr(getattr(made, "_cache", None), "_cache_file", None)
-    if index is not None and hasattr(index, "_source_stamp"):
-        index._source_stamp = (index._source_stamp, _HELPERS)
-    return cast("_Function", made)
+#: of kernels, whose parts come from these files
+jit = functools.partial(compiling.jit, helpers=(__file__, simd.__file__))
 
 
 def helper(function: _Function) -> _Function:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from types import ModuleType
@@ -10,6 +9,7 @@ from types import ModuleType
 import torch
 
 from monoquant_core.blocks import check_finite, span
+from monoquant_core.compiling import compiled
 from monoquant_core.encoding import Encoding
 from monoquant_core.errors import QuantizationError
 from monoquant_core.schemes import Context
@@ -21,20 +21,10 @@ from monoquant_gguf.kernels import search as better
 from monoquant_gguf.kernels import searched
 from monoquant_gguf.kernels.simple import SIMPLE
 from monoquant_gguf.layouts import Layout
-from monoquant_gguf.quantizer import accelerator
 
 #: Elements at a time, at least a row. What a search in torch keeps beside them stays in the cache; all else keeps
 #: little, and takes the time of a call rather.
 SPAN, SEARCH_SPAN = 1 << 19, 1 << 16
-
-
-@functools.lru_cache(maxsize=1)
-def _compiled() -> ModuleType | None:
-    if accelerator() != "numba":
-        return None
-    from monoquant_gguf.kernels import compiled
-
-    return compiled
 
 
 def quantize(
@@ -84,8 +74,8 @@ def _searches(
     """What runs the searches, and how many elements at a time."""
     if layout.name in SIMPLE and weights is None and not (search and layout.name in better.NORMAL_STEP):
         return in_torch, span(SEARCH_SPAN if search else SPAN, device)
-    if device.type == "cpu" and (compiled := _compiled()) is not None:
-        return compiled, SPAN
+    if device.type == "cpu" and (kernels := compiled("monoquant_gguf.kernels.compiled")) is not None:
+        return kernels, SPAN
     return in_torch, span(SEARCH_SPAN, device)
 
 

@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import torch
+from monoquant_int import kernels as integers
+from monoquant_int import search
 from safetensors.torch import save_file
 
 import monoquant_core as mq
@@ -17,6 +21,7 @@ from benchmarks import peers
 from benchmarks.measure import Timing, interleaved
 from benchmarks.results import Gate, Section, Table, number
 from benchmarks.synthetic import NAME, heavy_tailed
+from monoquant_core.compiling import compiled
 from monoquant_core.planning import Plan, Step
 from monoquant_core.schemes import Context
 from monoquant_core.scratch import Scratch
@@ -38,8 +43,10 @@ class Kernel:
     memcpy: Mapping[str, float] | None = None  #: least speed relative to memcpy, by dtype
     peers: bool = False  #: whether it is held to multiples of its peers' speed
     melems: float = 0.0  #: least million elements per second
+    searches: ModuleType | None = None  #: what runs the search, where there is one
 
 
+COMPILED = compiled("monoquant_int.compiled")
 KERNELS = (
     Kernel("int8 per channel", "int8", {}, pack=False, peer="int8", memcpy={"f32": 0.35, "bf16": 0.20}, peers=True),
     Kernel("int8 per channel, packed", "int8", {}, pack=True),
@@ -52,7 +59,12 @@ KERNELS = (
         memcpy={"f32": 0.24, "bf16": 0.13},
         peers=True,
     ),
-    Kernel("int4 g128 search, packed", "int4", {"rounding": "search"}, pack=True, melems=60),
+    Kernel("int4 g128 search, packed", "int4", {"rounding": "search"}, pack=True, melems=60, searches=search),
+    *(
+        [Kernel("int4 g128 search, numba, packed", "int4", {"rounding": "search"}, pack=True, searches=COMPILED)]
+        if COMPILED is not None
+        else []
+    ),
     Kernel("fp8 per channel", "fp8", {}, pack=False, peer="fp8"),
 )
 COMPRESSED_TENSORS_GATE, TORCHAO_GATE = 8.0, 3.0
@@ -68,7 +80,7 @@ def measure(temp: Path, *, size: int, rounds: int) -> Section:
             copy = torch.empty_like(weight)
             contenders: dict[str, Callable[[], object]] = {"memcpy": partial(copy.copy_, weight)}
             for kernel, plan in plans.items():
-                contenders[kernel.title] = _ours(plan, weight, kernel.pack)
+                contenders[kernel.title] = _ours(plan, weight, kernel)
                 if kernel.peer:
                     contenders[f"ct {kernel.peer}"] = partial(peers.COMPRESSED_TENSORS[kernel.peer], weight)
                     if kernel.peer in peers.TORCHAO:
@@ -140,14 +152,15 @@ def _plan(folder: Path, weight: torch.Tensor, kernel: Kernel) -> Plan:
     return mq.plan(folder, scheme=kernel.scheme, options=kernel.options)
 
 
-def _ours(plan: Plan, weight: torch.Tensor, pack: bool) -> Callable[[], object]:
+def _ours(plan: Plan, weight: torch.Tensor, kernel: Kernel) -> Callable[[], object]:
     step, exporter, scratch = plan.steps[0], plan.exporter, Scratch()
     assert exporter is not None
 
     def run() -> None:
-        for rows, quantized in quantized_chunks(step, weight, scratch):
-            if pack:
-                exporter.pack(quantized, step.placed.output, step.placed.held, rows.start)
+        with mock.patch.object(integers, "searches_for", return_value=kernel.searches):
+            for rows, quantized in quantized_chunks(step, weight, scratch):
+                if kernel.pack:
+                    exporter.pack(quantized, step.placed.output, step.placed.held, rows.start)
 
     return run
 

@@ -64,7 +64,8 @@ def test_bump_rewrites_every_version_and_pin(bump: ModuleType, tmp_path: Path) -
     assert pyproject(root)["project"]["version"] == "3.4.5"
     pins = [r for extra in pyproject(root)["project"]["optional-dependencies"].values() for r in extra]
     own = sorted(re.sub(r"\[.*?\]", "", r) for r in pins if r.startswith("monoquant-"))
-    assert own == sorted([*(f"{p}==3.4.5" for p in PLUGINS), "monoquant-gguf==3.4.5"])  # once more with its own extra
+    again = [f"{p}==3.4.5" for p in ("monoquant-gguf", "monoquant-int")]  # with their own extras
+    assert own == sorted([*(f"{p}==3.4.5" for p in PLUGINS), *again])
     for plugin in PLUGINS:
         project = pyproject(root / "plugins" / plugin)["project"]
         core, *others = project["dependencies"]
@@ -332,7 +333,7 @@ import importlib.util
 import numpy as np
 from gguf import GGUFReader, dequantize
 from safetensors.numpy import load_file
-assert importlib.util.find_spec("numba") is None, "only gguf-fast brings it"
+assert importlib.util.find_spec("numba") is None, "only fast and gguf-fast bring it"
 before = load_file({str(checkpoint / "model.safetensors")!r})
 reader = GGUFReader({str(out)!r})
 assert reader.fields["general.architecture"].contents() == "llama"

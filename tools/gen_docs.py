@@ -294,9 +294,8 @@ def held_table(
             activation = str(proposal.activation or "") if proposal is not None else ""
             stored = f"`{stored_as(step)}`" + (f", inputs {activation}" if activation else "")
             layout, bits = step.placed.held.layout, f"{plan.bits_per_weight:.3f}"
-            notes = [
-                note for note in plan.notes if not note.startswith("architecture generic")
-            ]  # so that any model does
+            # Not what any model does for, nor what depends on the machine.
+            notes = [note for note in plan.notes if not note.startswith(("architecture generic", "the searches"))]
             rows.setdefault((stored, layout), (f"`{flags}`", stored, layout, bits, "; ".join(notes)))
     return _table(("scheme", "stored as", "layout", "bits per weight", "notes"), rows.values())
 

@@ -24,5 +24,5 @@ def searches(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """What searches, whatever the size of the tensor."""
     module = importlib.import_module(f"monoquant_int.{request.param}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_searches", lambda spec, device: module)
+        patch.setattr(kernels, "searches_for", lambda spec, device: module)
         yield module

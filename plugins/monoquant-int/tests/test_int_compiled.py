@@ -50,7 +50,7 @@ def run(
     spec = TensorSpec("w", tuple(x.shape), str(x.dtype).removeprefix("torch."))
     context = Context(spec, range(x.shape[:-1].numel()), Scratch(), None, importance)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_searches", lambda spec, device: searches)
+        patch.setattr(kernels, "searches_for", lambda spec, device: searches)
         return IntQuantizer(bits, options).quantize(x, encoding, context)
 
 
@@ -149,7 +149,7 @@ def test_same_bits_where_blocks_are_no_parts_of_rows() -> None:
         made = []
         for searches in (compiled, search):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(kernels, "_searches", lambda spec, device, which=searches: which)
+                patch.setattr(kernels, "searches_for", lambda spec, device, which=searches: which)
                 made.append(kernels.quantize(x, encoding, context, search=True).clone())
         assert made[0].equal(made[1])
 
@@ -201,8 +201,8 @@ CPU = torch.device("cpu")
 
 def test_only_tensors_on_the_cpu() -> None:
     assert LARGE.numel == WORTH_COMPILING
-    assert kernels._searches(LARGE, CPU) is compiled
-    assert kernels._searches(LARGE, torch.device("cuda")) is search
+    assert kernels.searches_for(LARGE, CPU) is compiled
+    assert kernels.searches_for(LARGE, torch.device("cuda")) is search
 
 
 def loaded(spec: TensorSpec, scheme: str) -> bool:

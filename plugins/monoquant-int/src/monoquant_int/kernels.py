@@ -143,7 +143,7 @@ class _Chunk:
         self, magnitude: torch.Tensor, plain: torch.Tensor, coarsest: torch.Tensor, codes: Codes
     ) -> torch.Tensor:
         """The best scale, in its dtype; ``plain`` for blocks of zeros, and where a scale would be subnormal."""
-        searches = _searches(self.context.spec, self.matrix.device)
+        searches = searches_for(self.context.spec, self.matrix.device)
         # Exact, and then no square of a value over- or underflows.
         power = power_of_two(magnitude)
         found: torch.Tensor = searches.best_scales(
@@ -185,7 +185,7 @@ class _Chunk:
         return _relative(weights)
 
 
-def _searches(spec: TensorSpec, device: torch.device) -> ModuleType:
+def searches_for(spec: TensorSpec, device: torch.device) -> ModuleType:
     """What runs the search: once numba is there, it takes small tensors, too."""
     if device.type == "cpu" and (spec.numel >= WORTH_COMPILING or COMPILED in sys.modules):
         return compiled(COMPILED) or in_torch

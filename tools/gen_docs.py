@@ -295,7 +295,7 @@ def held_table(
             stored = f"`{stored_as(step)}`" + (f", inputs {activation}" if activation else "")
             layout, bits = step.placed.held.layout, f"{plan.bits_per_weight:.3f}"
             # Not what any model does for, nor what depends on the machine.
-            notes = [note for note in plan.notes if not note.startswith(("architecture generic", "the searches"))]
+            notes = [note for note in plan.notes if not note.startswith(("architecture generic", "on the CPU, "))]
             rows.setdefault((stored, layout), (f"`{flags}`", stored, layout, bits, "; ".join(notes)))
     return _table(("scheme", "stored as", "layout", "bits per weight", "notes"), rows.values())
 

@@ -95,10 +95,10 @@ class GgmlQuantizer:
         if not any(layout.name in SEARCHED for layout in self.layouts):
             return ()
         if accelerator() == "numba":
-            return ("the searches of ggml's types run in numba",)
+            return ("on the CPU, the searches of ggml's types run in numba",)
         return (
-            "the searches of ggml's types run in torch: with numba (pip install 'monoquant[gguf-fast]') they take a "
-            "fraction of the time and give the same bytes",
+            "on the CPU, the searches of ggml's types run in torch: with numba (pip install 'monoquant[gguf-fast]') "
+            "they take a fraction of the time and give the same bytes",
         )
 
     def accepts(self, spec: TensorSpec, encoding: Encoding) -> bool:

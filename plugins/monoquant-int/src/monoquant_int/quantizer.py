@@ -124,10 +124,10 @@ class IntQuantizer:
         if not any(self._worth_compiling(spec, encoding) for spec, encoding in tensors):
             return ()
         if accelerator() == "numba":
-            return ("the searches for integer scales run in numba",)
+            return ("on the CPU, the searches for integer scales run in numba",)
         return (
-            "the searches for integer scales run in torch: with numba (pip install 'monoquant[fast]') they take a "
-            "fraction of the time and give the same bytes",
+            "on the CPU, the searches for integer scales run in torch: with numba (pip install 'monoquant[fast]') they "
+            "take a fraction of the time and give the same bytes",
         )
 
     def quantize(self, rows: torch.Tensor, encoding: Encoding, context: Context) -> QuantizedTensor:

@@ -27,7 +27,7 @@ from monoquant_core.gather import Rows, join
 from monoquant_core.identity import run_key
 from monoquant_core.memory import FreedMemory, default_threads, peak_bytes, resident_bytes, working_bytes
 from monoquant_core.model import Source
-from monoquant_core.passes import Meter, compare_ties, limits_of, scan, scans_of, tensor_reports, write_rows
+from monoquant_core.passes import Meter, compare_ties, limit_of, scan, scans_of, tensor_reports, write_rows
 from monoquant_core.planning import Plan, Step
 from monoquant_core.report import Progress, ProgressCallback, Report
 from monoquant_core.scratch import Scratch
@@ -193,8 +193,12 @@ def compute(
         ranges = [r for task in tasks for _, r in task.outputs]
 
         def make(r: range, scratch: Scratch) -> Rows:
-            with limits_of(device, work):
+            try:
                 return _owned(rows.make(work, r, source, scratch)[0])
+            except Exception as exc:
+                if (limit := limit_of(device, work, exc)) is not None:
+                    raise limit from exc
+                raise
 
         made = workers.map(make, ranges)
     try:

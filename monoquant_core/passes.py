@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -134,13 +133,15 @@ def write_rows(
         reading, measured = _reading(rows.source, task), list[float]()
         try:
             for index, r in task.outputs:
-                with limits_of(rows.device, works[index]):
-                    value, found = rows.make(works[index], r, reading, scratch)
-                    stores[index].put(works[index], r, value)
+                work = works[index]
+                value, found = rows.make(work, r, reading, scratch)
+                stores[index].put(work, r, value)
                 measured += found
         except BaseException as exc:
             for index, r in task.outputs:
                 works[index].tell_others(r, exc)
+            if (limit := limit_of(rows.device, work, exc)) is not None:
+                raise limit from exc
             raise
         return measured
 
@@ -160,18 +161,14 @@ def write_rows(
     return measured + log.map(workers, "write", make, tasks, range(early, len(tasks)), finished, writes)
 
 
-@contextlib.contextmanager
-def limits_of(device: torch.device, work: Work) -> Iterator[None]:
-    """Where a device's memory may run out, or it lacks float64: an error that says for what."""
-    try:
-        yield
-    except torch.OutOfMemoryError as exc:
-        raise DeviceError(f"{device}: out of memory for {work.name}", hint="fewer --threads, another --device") from exc
-    except TypeError as exc:
-        if device.type == "cpu" or "float64" not in str(exc):
-            raise
+def limit_of(device: torch.device, work: Work, failure: BaseException) -> DeviceError | None:
+    """What a failure says of the device, if it does: its memory ran out, or it lacks float64."""
+    if isinstance(failure, torch.OutOfMemoryError):
+        return DeviceError(f"{device}: out of memory for {work.name}", hint="fewer --threads, another --device")
+    if isinstance(failure, TypeError) and device.type != "cpu" and "float64" in str(failure):
         reason = f"{device}: {work.name}: has no float64, which {work.step.scheme} searches with"
-        raise DeviceError(reason, hint="--rounding nearest, or --device cpu") from exc
+        return DeviceError(reason, hint="--rounding nearest, or --device cpu")
+    return None
 
 
 def tensor_reports(

@@ -73,6 +73,7 @@ class Context:
     a convolution all axes but the first, flattened; of a transposed linear layer axis 0. Of a stack of layers
     it has a row for each."""
     extra: Mapping[str, object] = field(default_factory=dict)  #: room for later needs
+    stored: torch.Tensor | None = None  #: the rows in the dtype of the source, where that has half the bytes
 
 
 class Quantizer(Protocol):

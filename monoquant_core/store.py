@@ -93,9 +93,14 @@ class Store:
         """
         placed, places = work.step.placed, self.places[work.step.placed.output.name]
         packed = self.exporter.pack(value, placed.output, placed.held, rows.start)
-        spans = {name: place.span(rows) for name, place in places.items()}
-        wrong = [name for name, tensor in packed.items() if not _fits(tensor, places.get(name), spans.get(name))]
-        wrong += [n for n, place in places.items() if n not in packed and (place.per_rows or rows.start == 0)]
+        writes, wrong = list[tuple[str, Place, int]](), packed.keys() - places.keys()
+        for name, place in places.items():
+            tensor, wanted = packed.get(name), place.per_rows or rows.start == 0
+            start, length = place.span(rows)
+            if wanted if tensor is None else tensor.dtype != place.dtype or tensor.nbytes != length:
+                wrong.add(name)
+            elif wanted:
+                writes.append((name, place, start))
         if wrong:
             raise CheckError(
                 f"{self.info.name}: {work.name}: the format packed {sorted(wrong)} otherwise than it announced: "
@@ -108,13 +113,11 @@ class Store:
                 f"{self.info.name}: {work.name}: packed as {placed.held.layout}, it does not unpack to the same bits",
                 hint=keep_hint(work),
             )
-        for name, tensor in packed.items():
-            place = places[name]
-            if place.per_rows or rows.start == 0:
-                data = as_bytes(tensor.cpu())
-                self._write(place.file, place.offset + spans[name][0], data)
-                if (kept := self.kept.get((placed.output.name, name))) is not None:
-                    as_bytes(kept)[spans[name][0] :][: len(data)] = data
+        for name, place, start in writes:
+            data = as_bytes(packed[name].cpu())
+            self._write(place.file, place.offset + start, data)
+            if self.kept and (kept := self.kept.get((placed.output.name, name))) is not None:
+                as_bytes(kept)[start:][: len(data)] = data
 
     def _shared(self, work: Work, rows: range, packed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The parts of the whole tensor as its first rows gave them."""
@@ -159,11 +162,6 @@ def places_of(plan: Plan) -> dict[str, dict[str, Place]]:
     if parts:
         raise PlanError(f"{plan.format}: no file has {[part for _, part in parts][:3]}: a bug of the format")
     return found
-
-
-def _fits(tensor: torch.Tensor, place: Place | None, span: tuple[int, int] | None) -> bool:
-    """Whether a packed part is what was announced."""
-    return place is not None and span is not None and tensor.dtype == place.dtype and tensor.nbytes == span[1]
 
 
 def _span(at: PartAt | BytesAt) -> tuple[int, int]:

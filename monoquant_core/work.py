@@ -154,9 +154,10 @@ class RowMaker:
         made, held = proposal.encoding, step.placed.held.encoding
         assert isinstance(made, Encoding)
         assert held is not None
-        x = value
+        x, stored = value, None
         if x.dtype != torch.float32 or not x.is_contiguous():
             x = scratch.take("engine.float", x.shape, torch.float32, x.device).copy_(x)
+            stored = value if value.dtype.itemsize == 2 and value.is_contiguous() else None
         signal = square_sum(x)
         if not math.isfinite(signal):
             raise self._refusal(value, first_nonfinite(x), work, rows, ", which no scheme can quantize")
@@ -165,7 +166,7 @@ class RowMaker:
         absmax = work.absmax
         if work.wants_absmax and absmax is None:
             absmax = magnitude(value, scratch)
-        context = Context(work.spec, rows, scratch, absmax, work.importance)
+        context = Context(work.spec, rows, scratch, absmax, work.importance, stored=stored)
         if "ranges" in work.needs:
             context.extra = {"stats": work.stats}
         q = quantizer.quantize(x, made, context)

@@ -256,6 +256,7 @@ def stop(*_):
     raise SystemExit(143)
 
 signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
 
 def slow(q, context):
     time.sleep(0.2)

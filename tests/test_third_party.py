@@ -244,6 +244,13 @@ def test_a_version_that_breaks_its_word_fails_the_kit(installed: Path, tmp_path:
     assert "more than half a step away" in done.stdout
 
 
+def test_the_kit_skips_options_that_take_other_models_and_says_so(tmp_path: Path) -> None:
+    done = monoquant(tmp_path, "conformance", "safetensors")
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+    assert "takes other models than the kit's: sample: compressed-tensors is for model folders" in done.stdout
+
+
 def test_the_kit_names_what_is_installed(tmp_path: Path) -> None:
     done = monoquant(tmp_path, "conformance", "nothing")
     assert done.returncode == 2

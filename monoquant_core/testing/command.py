@@ -34,7 +34,7 @@ def run(name: str) -> int:
             *("-p", "monoquant_core.testing.plugin", "-p", "no:cacheprovider"),
             # Nothing of the folder it is started in: neither settings nor conftest.py.
             *("-c", os.devnull, "--noconftest", f"--rootdir={suite.parent}", "--import-mode=importlib"),
-            *("-q", "-rfE", "--tb=short", "--no-header"),
+            *("-q", "-rfEs", "--tb=short", "--no-header"),
         ]
     )
     return 0 if status == pytest.ExitCode.OK else 1

@@ -101,6 +101,14 @@ class ExporterConformance:
         finally:
             source.close()
 
+    def refusal(self, exporter: Exporter, info: ModelInfo) -> str:
+        """Why the format does not take models like this one; "" if it does."""
+        try:
+            _resolve(exporter, [replace(self.shapes[0].spec(), name=self.name)], info)
+        except PlanError as exc:
+            return str(exc)
+        return ""
+
     def test_satisfies_the_protocol(self, exporter: Exporter) -> None:
         """Every method is there."""
         assert_satisfies(exporter, Exporter)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from monoquant_core.declarations import Declaration
+from monoquant_core.exporters import Exporter
+from monoquant_core.model import ModelInfo
 from monoquant_core.options import build
 from monoquant_core.plugins import Registry, load_registry
 from monoquant_core.testing import (
@@ -82,8 +84,14 @@ def _calibrator(name: str, declaration: Declaration) -> type:
 
 
 def _exporter(name: str, declaration: Declaration) -> type:
-    suffix = getattr(declaration, "suffix", "")
-    return _bound(name, ExporterConformance, "exporter", declaration, called=True, suffix=suffix)
+    @pytest.fixture(autouse=True)
+    def takes_the_sample(self: ExporterConformance, exporter: Exporter, info: ModelInfo) -> None:
+        # Formats for certain architectures need an ``info`` of such a model, which a class of their own gives.
+        if reason := self.refusal(exporter, info):
+            pytest.skip(f"takes other models than the kit's: {reason}")
+
+    members = {"suffix": getattr(declaration, "suffix", ""), "takes_the_sample": takes_the_sample}
+    return _bound(name, ExporterConformance, "exporter", declaration, called=True, **members)
 
 
 _CLASSES = {

@@ -32,7 +32,7 @@ def quantize(rows: torch.Tensor, encoding: Encoding, context: Context) -> Quanti
         # The magnitude of the one block is known, so the rows of a chunk can be taken as they come.
         block = (1,) * (values.ndim - 1) + (FULL,)
     matrix, out = to_matrix(values, block), to_matrix(codes, block)
-    magnitude = absmax(matrix, scratch)
+    magnitude = absmax(matrix if context.stored is None else to_matrix(context.stored, block), scratch)
     if tensor_wide:
         magnitude = tensor_magnitude(magnitude, rows, context)
     scale = absmax_scale(magnitude, LARGEST, encoding.scale, rows, context, beyond=BEYOND)

@@ -86,7 +86,8 @@ class _Chunk:
 
     def nearest(self, tensor_wide: bool) -> torch.Tensor:
         """The scale that gives the largest magnitude of a block, or of the whole tensor, the largest code."""
-        magnitude = absmax(self.matrix, self.context.scratch)
+        stored = self.context.stored
+        magnitude = absmax(self.matrix if stored is None else to_matrix(stored, self.block), self.context.scratch)
         return self._plain(tensor_magnitude(magnitude, self.rows, self.context) if tensor_wide else magnitude)
 
     def searched(self) -> torch.Tensor:

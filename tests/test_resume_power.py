@@ -114,7 +114,6 @@ def test_after_power_loss_the_journal_never_says_too_much(
         shutil.rmtree(place)
     assert shares[0] == 0
     assert max(shares) > 0.3
-    assert len(set(shares)) > 2
 
 
 KILLS = """

@@ -18,7 +18,7 @@ from monoquant_core.tasks import Task, elements_of_tasks, largest_tasks
 
 MEMBERSHIP, CONTROL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
-_OVERHEAD = 16 << 20  #: threads' stacks, allocator arenas, headers and plan; measured
+_OVERHEAD = 24 << 20  #: threads' stacks, allocator arenas, headers and plan; measured
 _MOST_THREADS = 8  #: more make torch's operations wait for Python's lock; measured on 16 cores (docs/decisions/0022)
 _HELD = 4 << 20  #: more than what is in use, before freed memory is looked for again
 

@@ -30,10 +30,8 @@ from monoquant_core.tensor import as_bytes
 if TYPE_CHECKING:
     from monoquant_core.stats import TensorStats
 
-PIECES, PIECE_BYTES = (
-    16,
-    4096,
-)  #: of a file of the source: what a copy with another content and all times alike differs in
+#: of a file of the source: what a copy with another content and all times alike differs in
+PIECES, PIECE_BYTES = 16, 4096
 
 #: what it means that a text differs from that of another run
 DIFFERENCES = {
